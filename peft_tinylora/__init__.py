@@ -1,0 +1,43 @@
+"""TinyLoRA for the Hugging Face ecosystem: a fine-tune in 13 numbers.
+
+Importing this package puts its tuner behind PEFT's TINYLORA; see register.py. Read the files in the order of the
+data's way: weight -> basis -> projection, tying -> vector -> delta -> layer -> model -> checkpoint.
+
+Method: "Learning to Reason in 13 Parameters", https://huggingface.co/papers/2602.04118
+"""
+
+__version__ = "0.1.0"
+
+from .config import TinyLoraConfig
+from .errors import (
+    AdapterFileError,
+    BasisError,
+    BasisMismatchError,
+    ConfigError,
+    TinyLoraError,
+    TyingError,
+    UnsupportedModuleError,
+)
+from .layer import TinyLoraLayer
+from .model import TinyLoraModel
+from .plan import plan
+from .register import register, unregister
+
+
+__all__ = [
+    "AdapterFileError",
+    "BasisError",
+    "BasisMismatchError",
+    "ConfigError",
+    "TinyLoraConfig",
+    "TinyLoraError",
+    "TinyLoraLayer",
+    "TinyLoraModel",
+    "TyingError",
+    "UnsupportedModuleError",
+    "plan",
+    "register",
+    "unregister",
+]
+
+register()

@@ -1,0 +1,96 @@
+"""Dense weight W -> the frozen factors A (r, in) and B (out, r) of its leading singular triplets.
+
+W = U S V^T. The update of TinyLoRA is U S R V^T (paper, section 4), R of shape (r, r); the factors carry S:
+
+    sigma="left"   A = V^T            B = U S             delta = B R A = U S R V^T            (paper)
+    sigma="split"  A = sqrt(S) V^T    B = U sqrt(S)       delta = B R A = U sqrt(S) R sqrt(S) V^T    (PEFT)
+
+The one trap: a pair (u_i, v_i) may be negated without changing W, but the *relative* sign of two pairs changes
+B R A. LAPACK's choice differs between machines and routines; `canonical_signs` does not.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .errors import BasisError
+
+
+class Basis(NamedTuple):
+    """Frozen factors of one module: A (r, in) and B (out, r), pairs in the order of their singular values."""
+
+    A: torch.Tensor
+    B: torch.Tensor
+
+
+def compute_basis(W: torch.Tensor, r: int, sigma: str, canonical: bool = True, name: str = "") -> Basis:
+    """The leading `r` singular triplets of `W`, as factors.
+
+    Args:
+        W (`torch.Tensor`): shape (out, in), float32 or float64, on any device. Meta in, meta out.
+        r (`int`): number of triplets, at most min(out, in).
+        sigma (`str`): `"left"` or `"split"`, where the singular values go (see the module's docstring).
+        canonical (`bool`, *optional*, defaults to `True`): choose signs by [`canonical_signs`]. `False` keeps LAPACK's,
+            which is what stock PEFT trains with.
+        name (`str`, *optional*): the module's name, for messages.
+
+    Returns:
+        [`Basis`], contiguous, in the dtype and on the device of `W`.
+
+    Raises:
+        BasisError: if W holds NaN or Inf, or has fewer than `r` rows or columns.
+    """
+    if r > min(W.shape):
+        raise BasisError(
+            f"r={r} is larger than the smallest side of the weight of module {name!r}, shape {tuple(W.shape)}. Use "
+            f"r={min(W.shape)} or less, or take the module out of `target_modules`."
+        )
+    if not W.is_meta and not torch.isfinite(W).all():
+        raise BasisError(
+            f"the weight of module {name!r} holds NaN or Inf: no basis can be taken from it. Load the base model anew, "
+            "or take the module out of `target_modules`."
+        )
+    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+    U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    if canonical:
+        U, Vh = canonical_signs(U, Vh)
+    if sigma == "left":
+        return Basis(Vh.contiguous(), (U * S).contiguous())
+    root = S.sqrt()
+    return Basis((root[:, None] * Vh).contiguous(), (U * root).contiguous())
+
+
+def canonical_signs(U: torch.Tensor, Vh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Negate pairs so that the entry of largest magnitude in each right vector is positive.
+
+    Args:
+        U (`torch.Tensor`): shape (out, r).
+        Vh (`torch.Tensor`): shape (r, in).
+
+    Returns:
+        `tuple`: U and Vh with the same product per pair.
+    """
+    largest = Vh.gather(1, Vh.abs().argmax(dim=1, keepdim=True)).squeeze(1)
+    signs = torch.where(largest < 0, -1.0, 1.0).to(Vh.dtype)
+    return U * signs, Vh * signs[:, None]
+
+
+def residual(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> float:
+    """How far (A, B) are from being singular factors of `W`: max_i |W a_i - |a_i|^2 b_i| / (|a_i|^2 |b_i|).
+
+    With either place of the singular values, W a_i = |a_i|^2 b_i for true factors. 0 is exact, about 1e-6 is fp32
+    rounding, 3e-3 is factors rounded to bf16, and of the order of 1 is another weight.
+
+    Args:
+        W (`torch.Tensor`): shape (out, in).
+        A (`torch.Tensor`): shape (r, in).
+        B (`torch.Tensor`): shape (out, r).
+
+    Returns:
+        `float`: the largest over the r pairs; pairs that are zero in A or B count as the norm of W a_i.
+    """
+    A, B = A.to(W), B.to(W)
+    squares = (A * A).sum(dim=1)
+    scale = squares * B.norm(dim=0)
+    errors = (W @ A.T - B * squares).norm(dim=0)
+    return torch.where(scale > 0, errors / scale.clamp_min(torch.finfo(W.dtype).tiny), errors).max().item()

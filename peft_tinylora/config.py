@@ -1,0 +1,204 @@
+"""TinyLoraConfig: PEFT's own, plus how modules share v and where the singular values go.
+
+A config that names PEFT's fields only means what it means in PEFT. Naming any of this package's fields (`tie`, `n_tie`,
+`sigma`, `exclude_modules`) chooses this package's conventions: sigma on the left as in the paper, projections seeded
+by module name, canonical signs.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import peft
+
+from .errors import ConfigError
+
+
+TIES = ("none", "full", "tiled", "structured")
+SIGMAS = ("left", "split")
+
+# Written as `weight_tying` into the file of a config that stock PEFT cannot follow. Stock PEFT drops the fields that it
+# does not know with a warning and would go on with another tying; this value it refuses.
+REFUSED_BY_STOCK_PEFT = -1.0
+
+
+class Conventions(NamedTuple):
+    """What a config chooses beyond the numbers r and u, resolved for a stock config and for ours alike."""
+
+    tie: str | Mapping[str, str] | None  # None: PEFT's rule, by `weight_tying`
+    n_tie: int | None
+    sigma: str
+    from_paper: bool  # projections seeded by module name and canonical signs, rather than PEFT's index and LAPACK's
+
+
+def conventions_of(config: peft.TinyLoraConfig) -> Conventions:
+    """The conventions of a config, PEFT's for one that names fields of PEFT only."""
+    if isinstance(config, TinyLoraConfig) and config.uses_paper_conventions:
+        return Conventions(config.tie, config.n_tie, config.sigma, from_paper=True)
+    return Conventions(None, None, "split", from_paper=False)
+
+
+@dataclass
+class TinyLoraConfig(peft.TinyLoraConfig):
+    """Configuration of a TinyLoRA adapter, used as `LoraConfig` is.
+
+    The update of a module with weight W = U S V^T is U S (sum_i v_i P_i) V^T, where only v is trained
+    (https://huggingface.co/papers/2602.04118). The trained count is `u` times the number of groups.
+
+    All fields of `peft.TinyLoraConfig` keep their meaning: `r` (frozen rank), `u` (length of v), `weight_tying`,
+    `projection_seed`, `target_modules`, `modules_to_save`, `layers_to_transform`, `bias`, `tinylora_dropout`, ...
+
+    Args:
+        tie (`str` or `Mapping[str, str]`, *optional*):
+            Which modules share a v. `"tiled"`: every `n_tie` neighbours in model order, whatever their type;
+            `"structured"`: every `n_tie` neighbours of the same type; `"none"`: no sharing; `"full"`: all share one.
+            A mapping of group name to a regular expression over full module names makes a group for each name, split
+            into runs of `n_tie` where that is given.
+        n_tie (`int`, *optional*):
+            How many modules share a v: ceil(modules / n_tie) groups. Needed with "tiled" and "structured".
+        sigma (`str`, *optional*):
+            Where the singular values go: `"left"`, as in the paper, or `"split"`, as in PEFT. Defaults to "split" when
+            only fields of PEFT are named and to "left" otherwise. The two need learning rates of their own.
+        exclude_modules (`list[str]` or `str`, *optional*):
+            Names, or a regular expression over names, of modules not to adapt, as in `LoraConfig`.
+        trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
+            Tokens whose embeddings are trained too, as in `LoraConfig`.
+        peft_tinylora_version (`str`, *optional*):
+            Version of this package that wrote the file; filled in on saving.
+
+    Raises:
+        ConfigError: (a `ValueError`) for a value that cannot be meant; names the field, the value and what is allowed.
+
+    Example:
+        ```python
+        >>> from peft_tinylora import TinyLoraConfig
+        >>> config = TinyLoraConfig(r=2, u=1, tie="tiled", n_tie=16, target_modules="all-linear")
+        >>> config.sigma
+        'left'
+
+        ```
+    """
+
+    tie: str | dict[str, str] | None = field(
+        default=None,
+        metadata={"help": "Which modules share a v: none, full, tiled, structured, or {group: pattern}."},
+    )
+    n_tie: int | None = field(default=None, metadata={"help": "How many modules share a v."})
+    sigma: str | None = field(default=None, metadata={"help": "Where the singular values go: left or split."})
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, or a regular expression over names, of modules not to adapt."}
+    )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Tokens whose embeddings are trained too."}
+    )
+    peft_tinylora_version: str | None = field(
+        default=None, metadata={"help": "Version of peft_tinylora that wrote the file, leave empty."}
+    )
+
+    def __post_init__(self) -> None:
+        # Only a config read from a file names its peft_type; its factors are then about to be loaded, not computed.
+        self._from_file = self.peft_type is not None
+        if self._from_file and self.tie is not None and self.weight_tying == REFUSED_BY_STOCK_PEFT:
+            self.weight_tying = 0.0
+        check_peft_fields(self)
+        super().__post_init__()
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        if self.uses_paper_conventions:
+            self._fill_paper_conventions()
+
+    @property
+    def uses_paper_conventions(self) -> bool:
+        """Whether a field of this package is named, rather than PEFT's only."""
+        return any(value is not None for value in (self.tie, self.n_tie, self.sigma, self.exclude_modules))
+
+    def _fill_paper_conventions(self) -> None:
+        if self.tie is None:
+            self.tie = {0.0: "none", 1.0: "full"}.get(self.weight_tying)
+            if self.tie is None:
+                raise ConfigError(
+                    f"weight_tying={self.weight_tying} cannot be combined with `n_tie`, `sigma` or `exclude_modules`: "
+                    "say how modules share a v with `tie` and `n_tie` instead."
+                )
+        elif self.weight_tying != 0.0:
+            raise ConfigError(
+                f"weight_tying={self.weight_tying} and tie={self.tie!r} both say how modules share a v: name one."
+            )
+        self.weight_tying = 0.0
+        check_tie(self.tie, self.n_tie)
+        if self.sigma is None:
+            self.sigma = "left"
+        if self.sigma not in SIGMAS:
+            raise ConfigError(f"sigma={self.sigma!r}: allowed are 'left' (paper) and 'split' (PEFT).")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as a dictionary of what goes into `adapter_config.json`.
+
+        A config that names fields of PEFT only is written as PEFT writes it, and stock PEFT reads it. Any other is
+        written so that stock PEFT refuses it rather than going on with another tying.
+        """
+        from . import __version__
+
+        output = super().to_dict()
+        if self.uses_paper_conventions:
+            output["weight_tying"] = REFUSED_BY_STOCK_PEFT
+            output["peft_tinylora_version"] = __version__
+        for name in ("tie", "n_tie", "sigma", "exclude_modules", "trainable_token_indices", "peft_tinylora_version"):
+            if output[name] is None:
+                del output[name]
+        return output
+
+
+def check_peft_fields(config: peft.TinyLoraConfig) -> None:
+    """Check the values of PEFT's own fields, of which PEFT itself lets many through.
+
+    Raises:
+        ConfigError: names the field, the value and what is allowed.
+    """
+    check_positive_integer("r", config.r)
+    check_positive_integer("u", config.u)
+    if isinstance(config.projection_seed, bool) or not isinstance(config.projection_seed, int):
+        raise ConfigError(f"projection_seed={config.projection_seed!r}: must be an integer.")
+    ratio = config.weight_tying
+    if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio <= 1.0:
+        raise ConfigError(
+            f"`weight_tying` should be a float between 0.0 and 1.0 but the value passed is {ratio!r}. To name a way of "
+            "tying, use `tie`."
+        )
+    if not isinstance(config.init_weights, bool) and config.init_weights != "uniform":
+        raise ConfigError(
+            f"init_weights={config.init_weights!r}: allowed are True (zeros), 'uniform' and False (both random)."
+        )
+    bound = config.init_v_bound
+    if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not (math.isfinite(bound) and bound >= 0):
+        raise ConfigError(f"init_v_bound={bound!r}: must be a finite number, 0 or more.")
+
+
+def check_tie(tie: Any, n_tie: Any) -> None:
+    """Check `tie` and `n_tie` together.
+
+    Raises:
+        ConfigError: names the field, the value and what is allowed.
+    """
+    if isinstance(tie, Mapping):
+        if not tie or not all(isinstance(text, str) for pair in tie.items() for text in pair):
+            raise ConfigError(
+                f"tie={dict(tie)!r}: a mapping needs group names with a pattern each, all of them strings."
+            )
+    elif tie not in TIES:
+        raise ConfigError(
+            f"tie={tie!r}: allowed are {', '.join(map(repr, TIES))}, or a mapping of group name to pattern."
+        )
+    if n_tie is not None:
+        check_positive_integer("n_tie", n_tie)
+    if tie in ("tiled", "structured") and n_tie is None:
+        raise ConfigError(f"tie={tie!r} needs `n_tie`, the number of modules that share a v; got None.")
+    if tie in ("none", "full") and n_tie is not None:
+        raise ConfigError(f"tie={tie!r} takes no `n_tie`; got {n_tie}. Use tie='tiled' or 'structured' with it.")
+
+
+def check_positive_integer(name: str, value: Any) -> None:
+    """Raise a [`ConfigError`] that names the field unless `value` is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {value!r}")

@@ -1,0 +1,42 @@
+"""v, P and the factors -> the update, as a product with activations or as a dense matrix.
+
+Shapes, here and in every caller: v (u,), P (u, r, r), R (r, r), A (r, in), B (out, r).
+    R = sum_i v_i P_i            delta W = B R A            (paper, section 4)
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+def mix(v: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+    """R = sum_i v_i P_i, of shape (r, r), in the dtype and on the device of P; differentiable in v."""
+    return torch.einsum("i,ijk->jk", v.to(P), P)
+
+
+def multiply(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    """delta W applied to activations, never forming delta W.
+
+    Args:
+        x (`torch.Tensor`): shape (..., in), in the dtype of A.
+
+    Returns:
+        `torch.Tensor`: shape (..., out).
+    """
+    return F.linear(F.linear(x, A), B @ R)
+
+
+def look_up(rows: torch.Tensor, A: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    """Rows of delta W for an embedding, of which W is (out, in) = (num_embeddings, embedding_dim).
+
+    Args:
+        rows (`torch.Tensor`): rows of B, one for each token, shape (..., r).
+
+    Returns:
+        `torch.Tensor`: shape (..., in).
+    """
+    return rows @ (R @ A)
+
+
+def dense(A: torch.Tensor, B: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    """delta W = B R A, of shape (out, in)."""
+    return B @ (R @ A)

@@ -1,0 +1,255 @@
+"""The layers that stand in for the adapted modules. They hold the factors and call `delta`; no maths of their own.
+
+What is kept where: A, B and P are buffers of the layer, one entry per adapter; v is not. The vectors are shared between
+layers, so they are registered once, in the `ModuleDict` `tinylora_v` of the tuner, and a layer keeps an unregistered
+reference to it and the key of its own group. Registered in each layer, 196 modules would give 38,612 keys in the state
+dict and break FSDP2 and safetensors.
+
+A and B may be on the meta device: then they are about to be loaded from a file. `ensure_basis` computes them where that
+did not happen.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import nn
+
+from . import delta
+from .basis import Basis
+from .merging import merged_weight
+from .weight import matrix_shape, to_matrix, to_stored, working_dtype
+
+
+class TinyLoraLayer(BaseTunerLayer):
+    """What the layer types share: the factors of each adapter, merging and unmerging.
+
+    Args:
+        base_layer (`nn.Module`): the adapted layer.
+        vectors (`nn.ModuleDict`): adapter name -> `nn.ParameterDict` of group -> v, owned by the tuner.
+    """
+
+    adapter_layer_names = ("tinylora_v",)
+    other_param_names = ("tinylora_A", "tinylora_B", "tinylora_P")
+
+    def __init__(self, base_layer: nn.Module, vectors: nn.ModuleDict) -> None:
+        self.base_layer = base_layer
+        self.in_features, self.out_features = reversed(matrix_shape(self.get_base_layer()))
+        self.tinylora_A = BufferDict({}, persistent=True)  # each (r, in)
+        self.tinylora_B = BufferDict({}, persistent=True)  # each (out, r)
+        self.tinylora_P = BufferDict({}, persistent=True)  # each (u, r, r)
+        self.tinylora_dropout = nn.ModuleDict({})
+        self.r: dict[str, int] = {}
+        self.u: dict[str, int] = {}
+        self._tinylora_v_key: dict[str, str] = {}
+        self._basis_makers: dict[str, Callable[[torch.Tensor], Basis]] = {}
+        self._shared_vectors = (vectors,)  # in a tuple, or nn.Module would register it here
+        self._unmerged_weight: tuple[nn.Parameter, ...] = ()  # the one kept original while merged
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._active_adapter: str | list[str] = []
+
+    @property
+    def tinylora_v(self) -> nn.ModuleDict:
+        """Adapter name -> group -> v (u,), shared by all layers of the model."""
+        return self._shared_vectors[0]
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        *,
+        group: str,
+        basis: Basis | None,
+        make_basis: Callable[[torch.Tensor], Basis],
+        r: int,
+        projection: torch.Tensor,
+        dropout: float,
+    ) -> None:
+        """Add an adapter to this layer.
+
+        Args:
+            adapter_name (`str`): its name.
+            group (`str`): which v of the adapter this layer reads.
+            basis ([`Basis`], *optional*): the factors; `None` leaves room for those that are about to be loaded.
+            make_basis (`Callable`): W (out, in) -> [`Basis`], for when they are not loaded after all.
+            r (`int`): rank of the basis.
+            projection (`torch.Tensor`): P, shape (u, r, r).
+            dropout (`float`): probability, applied to the input of the update.
+        """
+        weight = self.get_base_layer().weight
+        dtype = working_dtype(weight.dtype)
+        if basis is None:
+            A = torch.empty(r, self.in_features, dtype=dtype, device="meta")
+            B = torch.empty(self.out_features, r, dtype=dtype, device="meta")
+        else:
+            A, B = basis.A, basis.B
+        self.tinylora_A[adapter_name] = A
+        self.tinylora_B[adapter_name] = B
+        self.tinylora_P[adapter_name] = projection.to(weight.device, dtype)
+        self.tinylora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
+        self.r[adapter_name] = r
+        self.u[adapter_name] = projection.shape[0]
+        self._tinylora_v_key[adapter_name] = group
+        self._basis_makers[adapter_name] = make_basis
+
+    def ensure_basis(self, adapter_name: str) -> None:
+        """Compute A and B from the weight if they were left for a file that did not come. Needs a real weight."""
+        if self.tinylora_A[adapter_name].is_meta and not self.get_base_layer().weight.is_meta:
+            basis = self._basis_makers[adapter_name](self.unmerged_matrix())
+            self.tinylora_A[adapter_name] = basis.A
+            self.tinylora_B[adapter_name] = basis.B
+
+    def copy_of_factors(self, adapter_name: str) -> tuple[Basis, torch.Tensor]:
+        """The basis and P of an adapter, for another one that must have the same."""
+        self.ensure_basis(adapter_name)
+        A, B, P = (factors[adapter_name] for factors in (self.tinylora_A, self.tinylora_B, self.tinylora_P))
+        return Basis(A.clone(), B.clone()), P.clone()
+
+    def unmerged_matrix(self) -> torch.Tensor:
+        """The weight W (out, in) that the base model came with, in fp32 or better, also while adapters are merged."""
+        base_layer = self.get_base_layer()
+        stored = self._unmerged_weight[0] if self.merged else base_layer.weight
+        return to_matrix(stored.detach(), base_layer)
+
+    def mixing_matrix(self, adapter_name: str) -> torch.Tensor:
+        """R (r, r) of an adapter, differentiable in v."""
+        v = self.tinylora_v[adapter_name][self._tinylora_v_key[adapter_name]]
+        return delta.mix(v, self.tinylora_P[adapter_name])
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The update of an adapter in the orientation that the base layer stores, in fp32 or better."""
+        self.ensure_basis(adapter_name)
+        update = delta.dense(
+            self.tinylora_A[adapter_name], self.tinylora_B[adapter_name], self.mixing_matrix(adapter_name)
+        )
+        return to_stored(update, self.get_base_layer())
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge adapters into the base weight; the original is kept and comes back, bit for bit, on unmerging.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): refuse to merge where the result is not finite.
+            adapter_names (`list[str]`, *optional*): which to merge, defaults to the active ones.
+
+        Raises:
+            ValueError: with `safe_merge`, if the merged weight holds NaN or Inf; nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.tinylora_A]
+        if not names:
+            return
+        base_layer = self.get_base_layer()
+        original = self._unmerged_weight[0] if self.merged else base_layer.weight
+        weight = merged_weight(original, map(self.get_delta_weight, self.merged_adapters + names))
+        if safe_merge and not torch.isfinite(weight).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+        # A new parameter, not new data in the old one, which a tied layer such as lm_head may hold as well.
+        base_layer.weight = nn.Parameter(weight, requires_grad=original.requires_grad)
+        self._unmerged_weight = (original,)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original base weight back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.get_base_layer().weight = self._unmerged_weight[0]
+        self._unmerged_weight = ()
+        self.merged_adapters.clear()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter from this layer; see `BaseTunerLayer.delete_adapter`."""
+        for entries in (self.r, self.u, self._tinylora_v_key, self._basis_makers, self.tinylora_dropout):
+            if adapter_name in entries:
+                del entries[adapter_name]
+        super().delete_adapter(adapter_name)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def _get_available_adapters(self) -> set[str]:
+        return set(self.tinylora_A.keys())
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own would cast the shared v, and the factors, to the dtype of the base layer.
+        device = self.get_base_layer().weight.device if device is None else device
+        for buffers in (self.tinylora_A, self.tinylora_B, self.tinylora_P):
+            if adapter_name in buffers and not buffers[adapter_name].is_meta:
+                buffers[adapter_name] = buffers[adapter_name].to(device)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        for name in self.tinylora_A.keys():
+            self.ensure_basis(name)
+        for parameter in self._unmerged_weight:
+            parameter.data = fn(parameter.data)
+        return super()._apply(fn, recurse)
+
+    def _base_alone(self) -> bool:
+        """Whether the base layer alone gives the output; unmerges where adapters are disabled."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        return self.disable_adapters or self.merged
+
+    def _active_here(self) -> list[str]:
+        names = [name for name in self.active_adapters if name in self.tinylora_A]
+        for name in names:
+            self.ensure_basis(name)
+        return names
+
+    def __repr__(self) -> str:
+        return "tinylora." + super().__repr__()
+
+
+class Linear(TinyLoraLayer, nn.Module):
+    """An adapted `nn.Linear` or transformers `Conv1D`: y = base(x) + B R A x."""
+
+    def __init__(self, base_layer: nn.Module, vectors: nn.ModuleDict) -> None:
+        nn.Module.__init__(self)
+        TinyLoraLayer.__init__(self, base_layer, vectors)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """x (..., in) -> (..., out), in the dtype that the base layer returns."""
+        base_alone = self._base_alone()
+        result = self.base_layer(x, *args, **kwargs)
+        if base_alone:
+            return result
+        dtype = result.dtype
+        for name in self._active_here():
+            A, B = self.tinylora_A[name], self.tinylora_B[name]
+            # Out of autocast: the update is small, and in bf16 three digits of it would be left.
+            with torch.autocast(device_type=x.device.type, enabled=False):
+                dropped = self.tinylora_dropout[name](x).to(A.dtype)
+                result = result + delta.multiply(dropped, A, B, self.mixing_matrix(name))
+        return result.to(dtype)
+
+
+class Embedding(TinyLoraLayer, nn.Module):
+    """An adapted `nn.Embedding`: rows of base + B R A."""
+
+    def __init__(self, base_layer: nn.Module, vectors: nn.ModuleDict) -> None:
+        nn.Module.__init__(self)
+        TinyLoraLayer.__init__(self, base_layer, vectors)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Token ids x (...) -> (..., embedding_dim), in the dtype that the base layer returns."""
+        base_alone = self._base_alone()
+        result = self.base_layer(x, *args, **kwargs)
+        if base_alone:
+            return result
+        dtype = result.dtype
+        scale = self._get_embed_scale()  # Gemma's embeddings multiply their rows by a constant
+        for name in self._active_here():
+            A, B = self.tinylora_A[name], self.tinylora_B[name]
+            with torch.autocast(device_type=x.device.type, enabled=False):
+                rows = self.tinylora_dropout[name](F.embedding(x, B))
+                update = delta.look_up(rows, A, self.mixing_matrix(name))
+                result = result + (update if scale is None else update * scale.to(update))
+        return result.to(dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        # PEFT writes the converted factors under names that a LoRA embedding does not read, and the update is lost.
+        return False
