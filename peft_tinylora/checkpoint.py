@@ -14,6 +14,7 @@ error, and so is a basis of other weights than those of the model.
 """
 
 import warnings
+from collections.abc import Iterator
 
 import torch
 from peft import PeftConfig
@@ -92,7 +93,11 @@ def tensors_to_load(
     slots = _slots(model, config, adapter_name, layers)
     found = {_name_in_base_model(key): tensor for key, tensor in state_dict.items() if "tinylora_" in key}
     others = {key: tensor for key, tensor in state_dict.items() if "tinylora_" not in key}
-    _check(slots, found, sorted(others.keys() - _known_names(model)))
+    unknown = others.keys() - _known_names(model)
+    if config.bias != "none":
+        # PEFT also saves the biases of `modules_to_save`, under a name that the model does not have.
+        unknown = {key for key in unknown if not key.endswith(".bias")}
+    _check(slots, found, sorted(unknown))
     _check_basis(layers, found, config)
 
     for layer in layers.values():
@@ -113,18 +118,24 @@ def tensors_to_load(
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, TinyLoraLayer]:
-    """Name in `model` -> layer, for those that have the adapter."""
+    """Name in the state dict of `model` -> layer, for those that have the adapter."""
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in _named_modules(model)
         if isinstance(module, TinyLoraLayer) and adapter_name in module.tinylora_A
     }
 
 
+def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    # FSDP wraps modules in others, which its state dict does not name.
+    for name, module in model.named_modules():
+        yield name.replace("_fsdp_wrapped_module.", ""), module
+
+
 def _vectors(model: nn.Module, adapter_name: str) -> tuple[str, nn.ParameterDict]:
-    """Name in `model` of the dictionary of all vectors, and the vectors of one adapter."""
+    """Name in the state dict of the dictionary of all vectors, and the vectors of one adapter."""
     shared = next(iter(_adapted_layers(model, adapter_name).values())).tinylora_v
-    return next(name for name, module in model.named_modules() if module is shared), shared[adapter_name]
+    return next(name for name, module in _named_modules(model) if module is shared), shared[adapter_name]
 
 
 def _slots(

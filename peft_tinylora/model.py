@@ -20,7 +20,7 @@ from torch import nn
 
 from . import checkpoint
 from .basis import Basis, compute_basis
-from .config import Conventions, check_peft_fields, conventions_of
+from .config import TinyLoraConfig, check_peft_fields, conventions_of
 from .errors import AdapterFileError, BasisError
 from .layer import Embedding, Linear, TinyLoraLayer
 from .projection import draw_projection, seed_of_module
@@ -121,7 +121,7 @@ class TinyLoraModel(BaseTuner):
             groups = group_modules(names, conventions.tie, conventions.n_tie)
         else:
             groups = group_modules_by_ratio(names, config.weight_tying)
-        from_file = getattr(config, "_from_file", False)
+        from_file = isinstance(config, TinyLoraConfig) and config._from_file
         if not from_file:
             warn_if_overparametrised(config, groups)
 
@@ -131,7 +131,7 @@ class TinyLoraModel(BaseTuner):
             module = model.get_submodule(name)
             layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
             check_supported(layer, name)
-            r = bounded_rank(config, conventions, layer, name, from_file)
+            r = bounded_rank(config, layer, name)
             make_basis = functools.partial(
                 compute_basis, r=r, sigma=conventions.sigma, canonical=conventions.from_paper, name=name
             )
@@ -198,6 +198,17 @@ class TinyLoraModel(BaseTuner):
         """Draw the vectors of an adapter from [-init_v_bound, init_v_bound]."""
         for v in self.tinylora_v[adapter_name].values():
             nn.init.uniform_(v, -config.init_v_bound, config.init_v_bound)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # v is fp32 from the start and the factors always are. Only PEFT's own configs may ask for a v in the dtype of
+        # the base: with this package's, v is never rounded while it trains.
+        if autocast_adapter_dtype or conventions_of(self.peft_config[adapter_name]).from_paper:
+            return
+        for layer in (module for module in self.model.modules() if isinstance(module, TinyLoraLayer)):
+            group = layer._tinylora_v_key.get(adapter_name)
+            if group is not None:
+                v = self.tinylora_v[adapter_name][group]
+                v.data = v.data.to(layer.get_base_layer().weight.dtype)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its vectors; see `BaseTuner.delete_adapter`."""
@@ -270,22 +281,25 @@ def settings(config: PeftConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in ignored}
 
 
-def bounded_rank(config: PeftConfig, conventions: Conventions, layer: nn.Module, name: str, from_file: bool) -> int:
-    """`config.r`, or the smallest side of the weight where stock PEFT saved an adapter with that instead.
+def bounded_rank(config: PeftConfig, layer: nn.Module, name: str) -> int:
+    """`config.r`; the smallest side of the weight where a config of PEFT's asks for more, as PEFT does.
 
     Raises:
-        BasisError: if `r` is larger than the smallest side of the weight; names the module.
+        BasisError: if `r` of one of this package's configs is larger than that; names the module.
     """
     smallest = min(matrix_shape(layer))
     if config.r <= smallest:
         return config.r
-    if from_file and not conventions.from_paper:
-        return smallest
-    raise BasisError(
+    message = (
         f"r={config.r} is larger than the smallest side of module {name!r}, whose weight is "
-        f"{matrix_shape(layer)[0]} x {matrix_shape(layer)[1]}. Use r={smallest} or less, or name the module in "
-        "`exclude_modules`."
+        f"{' x '.join(map(str, matrix_shape(layer)))}"
     )
+    from_peft = not isinstance(config, TinyLoraConfig) or (config._from_file and not config.uses_paper_conventions)
+    if not from_peft:
+        raise BasisError(f"{message}. Use r={smallest} or less, or name the module in `exclude_modules`.")
+    if not config.inference_mode:
+        warnings.warn(f"{message}: this module gets rank {smallest}.", stacklevel=2)
+    return smallest
 
 
 def warn_if_overparametrised(config: PeftConfig, groups: dict[str, int]) -> None:

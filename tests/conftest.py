@@ -55,21 +55,16 @@ def tokens() -> torch.Tensor:
     return torch.randint(1, 48, (3, 10), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.fixture
-def run_python() -> Callable[..., str]:
-    """Runs a script in a new process, with this folder on its path, and returns what it printed."""
-
-    def run(script: str, *arguments: object) -> str:
-        done = subprocess.run(
-            [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+def run_python_process(script: str, *arguments: object) -> str:
+    """Run a script in a new process, with this folder on its path, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def fill_vectors(model: torch.nn.Module, scale: float = 1.0, seed: int = 7, adapter_name: str = "default") -> None:

@@ -89,16 +89,3 @@ def test_round_trip_through_the_file(tmp_path: Path, fields: dict) -> None:
     assert type(loaded) is TinyLoraConfig
     assert conventions_of(loaded) == conventions_of(config)
     assert loaded.exclude_modules == config.exclude_modules or set(loaded.exclude_modules) == config.exclude_modules
-
-
-def test_stock_peft_refuses_the_file_of_a_tied_config(tmp_path: Path, run_python) -> None:
-    TinyLoraConfig(tie="tiled", n_tie=4, u=1, target_modules=["q_proj"]).save_pretrained(tmp_path)
-    script = """
-        import sys
-        from peft import PeftConfig
-        try:
-            PeftConfig.from_pretrained(sys.argv[1])
-        except ValueError as error:
-            print(error)
-    """
-    assert "weight_tying" in run_python(script, tmp_path)
