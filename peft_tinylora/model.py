@@ -106,6 +106,8 @@ class TinyLoraModel(BaseTuner):
             raise
         finally:
             self._plans = {}
+        if read_from_file(config):
+            self._awaiting_file.add(adapter_name)
         trained = adapter_name in self.active_adapters and not config.inference_mode
         for v in self.tinylora_v[adapter_name].values():
             v.requires_grad = trained
@@ -121,8 +123,7 @@ class TinyLoraModel(BaseTuner):
             groups = group_modules(names, conventions.tie, conventions.n_tie)
         else:
             groups = group_modules_by_ratio(names, config.weight_tying)
-        from_file = isinstance(config, TinyLoraConfig) and config._from_file
-        if not from_file:
+        if not read_from_file(config):
             warn_if_overparametrised(config, groups)
 
         twin = self._adapter_with_same_settings(adapter_name, config)
@@ -141,10 +142,8 @@ class TinyLoraModel(BaseTuner):
                 by_name = seed_of_module(config.projection_seed, name)
                 seed = by_name if conventions.from_paper else config.projection_seed + index
                 projection = draw_projection(config.u, r, seed)
-                basis = None if from_file else make_basis(unmerged_matrix(module))
+                basis = None if read_from_file(config) else make_basis(unmerged_matrix(module))
             plans[name] = ModulePlan(str(groups[name]), r, basis, make_basis, projection)
-        if from_file:
-            self._awaiting_file.add(adapter_name)
         return plans
 
     def _adapter_with_same_settings(self, adapter_name: str, config: PeftConfig) -> str | None:
@@ -260,6 +259,11 @@ class TinyLoraModel(BaseTuner):
             self.delete_adapter(adapter_name)
         else:
             self.unload()
+
+
+def read_from_file(config: PeftConfig) -> bool:
+    """Whether a config was read from an adapter's folder, so that its factors are about to be loaded."""
+    return isinstance(config, TinyLoraConfig) and config._from_file
 
 
 def unmerged_matrix(module: nn.Module) -> torch.Tensor:

@@ -1,0 +1,245 @@
+"""The recipe as a user runs it: `accelerate launch`, two steps of a tiny model, and what is left behind."""
+
+import csv
+import json
+import os
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+import peft_tinylora  # noqa: F401  registers the tuner
+import trl_recipes
+from trl_recipes import grpo
+from trl_recipes.arguments import RecipeError
+
+
+ROOT = Path(trl_recipes.__file__).parents[1]
+LEARNING_RATE = 0.05
+pytestmark = pytest.mark.recipe
+
+
+@dataclass
+class Run:
+    folder: Path
+    command: list[str]
+    stdout: str
+    stderr: str
+
+    @property
+    def result(self) -> dict:
+        return json.loads(self.stdout.splitlines()[-1])
+
+
+def in_new_process(*command: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def score_again(run: Run) -> dict:
+    """Scores the saved adapter in a new process, by the command that the recipe printed."""
+    [line] = [line for line in run.stdout.splitlines() if line.startswith("score it again: python ")]
+    finished = in_new_process(sys.executable, *shlex.split(line.partition(": python ")[2]))
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+@pytest.fixture(scope="module")
+def launch(tiny_model_dir):
+    """Runs the recipe on the tiny model with the embedded config, options overridden."""
+
+    def launch(folder: Path, *options: str) -> Run:
+        command = [
+            *(sys.executable, "-m", "accelerate.commands.launch"),
+            *("--config_file", "trl_recipes/accelerate_configs/cpu.yaml"),
+            *("trl_recipes/grpo.py", "--config", "trl_recipes/configs/embedded_grpo.yaml"),
+            *("--model_name_or_path", str(tiny_model_dir), "--output_dir", str(folder)),
+            *("--max_steps", "2", "--learning_rate", str(LEARNING_RATE), "--per_device_train_batch_size", "32"),
+            *("--max_completion_length", "6", "--score_batch_size", "16", *options),
+        ]
+        finished = in_new_process(*command)
+        assert finished.returncode == 0, finished.stderr
+        return Run(folder, command, finished.stdout, finished.stderr)
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def run(launch, problem_files, tmp_path_factory) -> Run:
+    train, held_out = map(str, problem_files)
+    folder = tmp_path_factory.mktemp("recipe") / "tiny_grpo"
+    return launch(
+        *(folder, "--dataset_name", train, "--eval_dataset_name", held_out, "--seed", "3"),
+        *("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"),
+    )
+
+
+def curve(run: Run) -> list[dict[str, str]]:
+    with (run.folder / "reward_curve.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_last_line_is_the_result(run):
+    result = run.result
+    assert set(result) == {
+        *("trained_parameters", "greedy_before", "greedy_after", "sampled_before", "sampled_after"),
+        *("problems", "grpo_seconds", "total_seconds", "adapter_bytes"),
+    }
+    assert result["trained_parameters"] == 4  # 2 layers of 7 modules, 4 to a number
+    assert result["problems"] == 40
+    assert all(0 <= result[f"{decoding}_before"] <= 1 for decoding in ("greedy", "sampled"))
+    assert 0 < result["grpo_seconds"] < result["total_seconds"]
+    assert result["adapter_bytes"] == (run.folder / "adapter_model.safetensors").stat().st_size
+
+
+def test_a_resumed_run_ends_where_the_whole_run_did(launch, problem_files, tmp_path, monkeypatch, run):
+    train, held_out = map(str, problem_files)
+    monkeypatch.setenv("TINYLORA_DEMO_START", "1000000000")
+    resumed = launch(
+        *(tmp_path, "--dataset_name", train, "--eval_dataset_name", held_out, "--seed", "3"),
+        *("--resume_from_checkpoint", str(run.folder / "checkpoint-1")),
+    )
+    assert [row["step"] for row in curve(resumed)] == ["2"]
+    assert curve(resumed)[-1] == curve(run)[-1]
+    same = ("greedy_before", "greedy_after", "sampled_before", "sampled_after")
+    assert [resumed.result[key] for key in same] == [run.result[key] for key in same]
+    assert resumed.result["total_seconds"] > 5e8  # the clock that make started
+
+
+def test_files_and_nothing_else(run):
+    assert {path.name for path in run.folder.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", "reward_curve.csv", "reward_curve.png"),
+        *("checkpoint-1", "checkpoint-2"),
+    }
+    assert (run.folder / "reward_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_v_moved_and_was_saved_in_fp32(run, tiny_model_dir):
+    rows = curve(run)
+    assert [row["step"] for row in rows] == ["1", "2"]
+    assert any(float(row["reward_std"]) > 0 for row in rows), "the tiny model earns nothing: the test shows nothing"
+    logged = torch.tensor([float(rows[-1][f"v_{i}"]) for i in range(4)])
+    assert (logged != 0).all()
+    assert logged.abs().max() <= 2 * LEARNING_RATE * 1.01  # Adam moves at most the rate a step
+    # None of these numbers fits in bf16: v was not rounded on its way.
+    assert (logged.bfloat16().float() != logged).all()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), run.folder)
+    loaded = [p for name, p in model.named_parameters() if "tinylora_v" in name]
+    assert {p.dtype for p in loaded} == {torch.float32}
+    torch.testing.assert_close(torch.cat([p.detach().flatten() for p in loaded]), logged, rtol=1e-6, atol=0)
+
+
+def test_the_saved_adapter_scores_the_same_in_a_new_process(run):
+    again = score_again(run)
+    assert again["greedy"] == run.result["greedy_after"]
+    assert again["sampled"] == run.result["sampled_after"]
+    assert (again["problems"], again["dtype"], again["device"]) == (40, "torch.float32", "cpu")
+
+
+def test_the_terminal_shows_the_numbers_and_how_to_try_them(run, problem_files):
+    rows = curve(run)
+    for i in range(4):
+        assert f"{float(rows[-1][f'v_{i}']):+.5f}" in run.stdout
+    assert f"greedy {run.result['greedy_before']:.1%}" in run.stdout
+    assert "Warning" not in run.stderr
+    lines = run.stdout.split("try it:\n\n")[1].splitlines()[:2]
+    finished = in_new_process(sys.executable, "-c", "\n".join(lines))
+    assert finished.returncode == 0, finished.stderr
+    question = json.loads(problem_files[1].read_text().splitlines()[0])["prompt"]
+    assert finished.stdout.startswith(question)
+    assert len(finished.stdout.strip()) > len(question)
+
+
+def test_the_card_says_what_was_measured(run):
+    card = ModelCard.load(run.folder / "README.md")
+    metrics = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert metrics == {
+        "accuracy, greedy": round(run.result["greedy_after"], 4),
+        "accuracy, sampled": round(run.result["sampled_after"], 4),
+    }
+    assert card.data.library_name == "peft"
+    assert {"tinylora", "grpo", "trl"} <= set(card.data.tags)
+    metadata = card.content.split("---")[1]
+    assert "base_model" not in metadata and "datasets" not in metadata and "/" not in metadata.replace("text-gen", "")
+    assert f"| greedy | {run.result['greedy_before']:.1%} | {run.result['greedy_after']:.1%} |" in card.text
+    for i in range(4):
+        assert f"{float(curve(run)[-1][f'v_{i}']):+.6f}" in card.text
+    for part in run.command[run.command.index("trl_recipes/grpo.py") :]:
+        assert part in card.text
+    assert "| learning rate | 0.05, constant |" in card.text
+    assert peft_tinylora.__version__ in card.text
+    [line] = [line for line in run.stdout.splitlines() if line.startswith("score it again: ")]
+    assert line.removeprefix("score it again: ") in card.text
+
+
+def test_gsm8k_columns_parquet_and_a_bf16_base(launch, sums, tmp_path):
+    """Another dataset, in mixed precision: v stays in fp32, and the score is that of a new process all the same."""
+    from datasets import Dataset
+
+    rows = [{"question": row["prompt"], "answer": f"Adding up.\n#### {row['answer']}"} for row in sums]
+    files = tmp_path / "train.parquet", tmp_path / "test.parquet"
+    Dataset.from_list(rows[::2]).to_parquet(files[0])
+    Dataset.from_list(rows[1::2]).to_parquet(files[1])
+    run = launch(
+        tmp_path / "out",
+        *("--dataset_name", str(files[0]), "--eval_dataset_name", str(files[1]), "--question_column", "question"),
+        *("--dtype", "bfloat16", "--bf16", "true", "--gradient_checkpointing", "true", "--tinylora_tie", "full"),
+        *("--tinylora_n_tie", "none", "--tinylora_u", "3"),
+    )
+    assert run.result["trained_parameters"] == 3
+    assert run.result["problems"] == 50
+    logged = torch.tensor([float(curve(run)[-1][f"v_{i}"]) for i in range(3)])
+    assert (logged.bfloat16().float() != logged).all()
+    again = score_again(run)
+    assert again["greedy"] == run.result["greedy_after"]
+    assert again["sampled"] == run.result["sampled_after"]
+
+
+def fail(monkeypatch, *options: str) -> str:
+    """Runs `main` in this process and returns its one line of complaint."""
+    monkeypatch.setattr(sys, "argv", ["grpo.py", "--use_cpu", "true", "--bf16", "false", *options])
+    with pytest.raises(RecipeError) as error:
+        grpo.main()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_mistakes_are_one_line_each(monkeypatch, tmp_path, tiny_model_dir, problem_files):
+    folder = ("--output_dir", str(tmp_path))
+    model = ("--model_name_or_path", str(tiny_model_dir))
+    assert "no model: set model_name_or_path" in fail(monkeypatch, *folder)
+    assert "cannot load the tokenizer of './nowhere' (no such folder" in fail(
+        monkeypatch, *folder, "--model_name_or_path", "./nowhere"
+    )
+    assert "no problems to train on" in fail(monkeypatch, *folder, *model)
+    assert "no dataset file 'nowhere.jsonl'" in fail(monkeypatch, *folder, *model, "--dataset_name", "nowhere.jsonl")
+    files = ("--dataset_name", str(problem_files[0]), "--eval_dataset_name", str(problem_files[1]))
+    assert "no column 'question'" in fail(monkeypatch, *folder, *model, *files, "--question_column", "question")
+    assert "chat: true needs" in fail(monkeypatch, *folder, *model, *files, "--chat", "true")
+    assert "lora_r: LoRA options" in fail(monkeypatch, *folder, *model, *files, "--lora_r", "4")
+    assert "tie='loose'" in fail(monkeypatch, *folder, *model, *files, "--tinylora_tie", "loose")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_a_finished_adapter_is_not_overwritten_unasked(monkeypatch, tmp_path, tiny_model_dir):
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"finished")
+    message = fail(monkeypatch, "--output_dir", str(tmp_path), "--model_name_or_path", str(tiny_model_dir))
+    assert "already holds a finished adapter" in message and "overwrite_output_dir" in message
+    assert weights.read_bytes() == b"finished"
+
+
+def test_a_mistake_in_the_script_is_one_line_without_a_traceback(tmp_path):
+    finished = in_new_process(sys.executable, "trl_recipes/grpo.py", "--config", str(tmp_path / "nowhere.yaml"))
+    assert finished.returncode == 1
+    assert finished.stdout == ""
+    assert finished.stderr.startswith("error: no config file") and len(finished.stderr.splitlines()) == 1

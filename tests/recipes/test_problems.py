@@ -1,0 +1,153 @@
+"""problems.py: raw rows as datasets come, and what is made of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from trl import DatasetMixtureConfig
+
+from trl_recipes.arguments import ProblemArguments, RecipeArguments, RecipeError
+from trl_recipes.problems import dataset_names, load_rows, load_train_and_held_out, to_problems
+
+
+GSM8K_ROW = {
+    "question": "Natalia sold 48 clips in April, and half as many in May. How many altogether?",
+    "answer": "Natalia sold 48/2 = <<48/2=24>>24 clips in May.\nShe sold 48+24 = <<48+24=72>>72.\n#### 72",
+}
+GSM8K_TRAIN = Path("/work/shared/data/gsm8k/train.jsonl")
+NO_MIXTURE = DatasetMixtureConfig()
+
+
+def problems(rows: list[dict], has_chat_template: bool = False, **arguments) -> list[dict]:
+    return list(to_problems(Dataset.from_list(rows), ProblemArguments(**arguments), has_chat_template))
+
+
+def test_prompt_and_answer_go_through_and_other_columns_are_dropped():
+    rows = [{"prompt": "2 + 2 =", "answer": "4", "topic": "sums"}]
+    assert problems(rows) == [{"prompt": "2 + 2 =", "answer": "4"}]
+
+
+def test_gsm8k_columns_and_solution():
+    assert problems([GSM8K_ROW], question_column="question") == [{"prompt": GSM8K_ROW["question"], "answer": "72"}]
+
+
+def test_numbers_become_strings():
+    rows = [{"prompt": "a", "answer": 72}, {"prompt": "b", "answer": -3}]
+    assert [row["answer"] for row in problems(rows)] == ["72", "-3"]
+
+
+def test_a_boxed_solution_gives_its_answer():
+    rows = [{"problem": "1/4 + 1/4", "solution": r"This is $\boxed{\frac{1}{2}}$."}]
+    [row] = problems(rows, question_column="problem", answer_column="solution")
+    assert row == {"prompt": "1/4 + 1/4", "answer": r"\frac{1}{2}"}
+
+
+def test_a_template_may_hold_latex_braces():
+    [row] = problems([{"prompt": "2 + 2?", "answer": "4"}], prompt_template=r"Q: {question} Put it in \boxed{}.")
+    assert row["prompt"] == r"Q: 2 + 2? Put it in \boxed{}."
+
+
+def test_a_template_without_the_question_is_refused():
+    with pytest.raises(RecipeError, match=r"prompt_template must contain \{question\}"):
+        ProblemArguments(prompt_template="Solve this.")
+
+
+def test_chat_makes_a_user_message():
+    [row] = problems([{"prompt": "2 + 2?", "answer": "4"}], True, chat=True, prompt_template="{question} Think.")
+    assert row["prompt"] == [{"role": "user", "content": "2 + 2? Think."}]
+
+
+def test_chat_without_a_chat_template_is_refused():
+    with pytest.raises(RecipeError, match="chat: true needs a tokenizer with a chat template"):
+        problems([{"prompt": "2 + 2?", "answer": "4"}], False, chat=True)
+
+
+def test_messages_stay_as_they_are():
+    messages = [{"role": "system", "content": "Think."}, {"role": "user", "content": "2 + 2?"}]
+    [row] = problems([{"prompt": messages, "answer": "4"}], True)
+    assert row["prompt"] == messages
+
+
+def test_messages_with_a_template_are_refused():
+    rows = [{"prompt": [{"role": "user", "content": "2 + 2?"}], "answer": "4"}]
+    with pytest.raises(RecipeError, match="prompt_template wants questions that are strings"):
+        problems(rows, True, prompt_template="{question} Think.")
+
+
+def test_a_missing_column_is_named_with_those_there_are():
+    with pytest.raises(RecipeError, match=r"no column 'prompt', only \['question', 'answer'\]: set question_column"):
+        problems([GSM8K_ROW])
+    with pytest.raises(RecipeError, match=r"no column 'solution'.* set answer_column"):
+        problems([GSM8K_ROW], question_column="question", answer_column="solution")
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
+def test_local_files(tmp_path, name):
+    rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
+    file = tmp_path / name
+    if name.endswith("parquet"):
+        Dataset.from_list(rows).to_parquet(file)
+    else:
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(load_rows(str(file))) == rows
+    streamed = to_problems(load_rows(str(file), streaming=True), ProblemArguments(), False)
+    assert list(streamed) == rows
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(RecipeError, match="no dataset file 'nowhere/rows.jsonl'"):
+        load_rows("nowhere/rows.jsonl")
+
+
+def test_a_missing_folder_is_one_line(tmp_path):
+    with pytest.raises(RecipeError, match="cannot load split 'train' of dataset") as error:
+        load_rows(str(tmp_path / "nowhere"))
+    assert "\n" not in str(error.value)
+
+
+def test_training_and_held_out_files(problem_files):
+    train_file, held_out_file = map(str, problem_files)
+    arguments = RecipeArguments(dataset_name=train_file, eval_dataset_name=held_out_file)
+    train, held_out = load_train_and_held_out(arguments, NO_MIXTURE)
+    assert (len(train), len(held_out)) == (60, 40)
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+
+
+def test_one_file_alone_is_not_scored_on_its_own_training_problems(problem_files):
+    with pytest.raises(RecipeError, match="no held-out problems: set eval_dataset_name"):
+        load_train_and_held_out(RecipeArguments(dataset_name=str(problem_files[0])), NO_MIXTURE)
+
+
+def test_a_folder_with_splits(tmp_path):
+    for split, answer in [("train", "1"), ("test", "2")]:
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": split, "answer": answer}) + "\n")
+    train, held_out = load_train_and_held_out(RecipeArguments(dataset_name=str(tmp_path)), NO_MIXTURE)
+    assert (list(train["prompt"]), list(held_out["prompt"])) == (["train"], ["test"])
+
+
+def test_a_mixture_splits_off_its_held_out_part(problem_files):
+    parts = [{"path": "json", "data_files": str(file)} for file in problem_files]
+    mixture = DatasetMixtureConfig(datasets=parts, test_split_size=0.25)
+    train, held_out = load_train_and_held_out(RecipeArguments(), mixture)
+    assert (len(train), len(held_out)) == (75, 25)
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    assert dataset_names(RecipeArguments(), mixture) == [str(file) for file in problem_files]
+
+
+def test_a_mixture_with_nothing_held_out_is_refused(problem_files):
+    mixture = DatasetMixtureConfig(datasets=[{"path": "json", "data_files": str(problem_files[0])}])
+    with pytest.raises(RecipeError, match="no held-out problems.*test_split_size"):
+        load_train_and_held_out(RecipeArguments(), mixture)
+
+
+def test_no_dataset_is_refused():
+    with pytest.raises(RecipeError, match="no problems to train on: set dataset_name"):
+        load_train_and_held_out(RecipeArguments(), NO_MIXTURE)
+
+
+@pytest.mark.skipif(not GSM8K_TRAIN.exists(), reason=f"needs GSM8K at {GSM8K_TRAIN}")
+def test_every_gsm8k_answer_is_a_number():
+    rows = to_problems(load_rows(str(GSM8K_TRAIN)), ProblemArguments(question_column="question"), False)
+    assert len(rows) == 7473
+    assert all(answer.replace(",", "").lstrip("-$").replace(".", "", 1).isdigit() for answer in rows["answer"])

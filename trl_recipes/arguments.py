@@ -1,0 +1,231 @@
+"""What can be set, from a YAML file (`--config`) or the command line, which wins.
+
+TRL's and transformers' own classes hold the rest (`GRPOConfig`, `ModelConfig`, `DatasetMixtureConfig`). The parser is
+strict: an unknown key in YAML is an error. Field names are unique across all the classes parsed together, hence the
+`tinylora_` prefix (as TRL has `lora_`).
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import yaml
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+
+class RecipeError(ValueError):
+    """A mistake in what the user asked for. The scripts print it as one line, without a traceback."""
+
+
+@dataclass
+class ProblemArguments:
+    """How a row becomes a problem.
+
+    Args:
+        question_column (`str`, *optional*, defaults to `"prompt"`):
+            Column of the question.
+        answer_column (`str`, *optional*, defaults to `"answer"`):
+            Column of the true answer.
+        prompt_template (`str`, *optional*, defaults to `"{question}"`):
+            What the model reads.
+        chat (`bool`, *optional*, defaults to `False`):
+            Whether to make the prompt a user message and apply the tokenizer's chat template.
+    """
+
+    question_column: str = field(
+        default="prompt", metadata={"help": "Column that holds the question (GSM8K: `question`)."}
+    )
+    answer_column: str = field(
+        default="answer",
+        metadata={"help": "Column that holds the true answer: a bare answer, or a solution that marks it with ####."},
+    )
+    prompt_template: str = field(
+        default="{question}", metadata={"help": "What the model reads; must contain `{question}`."}
+    )
+    chat: bool = field(
+        default=False,
+        metadata={"help": "Make the prompt a user message, so that the tokenizer's chat template is applied."},
+    )
+
+    def __post_init__(self):
+        if "{question}" not in self.prompt_template:
+            raise RecipeError(f"prompt_template must contain {{question}}, got {self.prompt_template!r}.")
+
+
+@dataclass
+class RecipeArguments(ProblemArguments, ScriptArguments):
+    """What a training recipe reads, besides TRL's own arguments. `dataset_name` may be a JSON, JSONL or Parquet file.
+
+    Args:
+        eval_dataset_name (`str`, *optional*):
+            Held-out problems, a dataset id or a local file. Without it: `dataset_test_split` of the training dataset.
+        max_eval_problems (`int`, *optional*):
+            Score on the first so many held-out problems only.
+        score_batch_size (`int`, *optional*, defaults to `64`):
+            Problems generated at once when scoring.
+        overwrite_output_dir (`bool`, *optional*, defaults to `False`):
+            Whether to replace a finished adapter in `output_dir`.
+    """
+
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Held-out problems: a dataset id or a local JSON, JSONL or Parquet file. Without it, "
+            "`dataset_test_split` of `dataset_name`."
+        },
+    )
+    max_eval_problems: int | None = field(
+        default=None, metadata={"help": "Score on the first so many held-out problems only (None: all)."}
+    )
+    score_batch_size: int = field(
+        default=64,
+        metadata={
+            "help": "Problems generated at once when scoring before and after. More is faster, and takes memory."
+        },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace a finished adapter in `output_dir` instead of refusing to start."}
+    )
+
+
+@dataclass
+class TinyLoraArguments:
+    """The adapter; each field is the one of that name in [`peft_tinylora.TinyLoraConfig`].
+
+    Args:
+        tinylora_r (`int`, *optional*, defaults to `2`):
+            Frozen rank.
+        tinylora_u (`int`, *optional*, defaults to `1`):
+            Trained numbers a group of modules.
+        tinylora_tie (`str` or `dict`, *optional*, defaults to `"none"`):
+            Which modules share their numbers.
+        tinylora_n_tie (`int`, *optional*):
+            Modules in a group, for `tiled` and `structured`.
+        tinylora_sigma (`str`, *optional*, defaults to `"left"`):
+            Where the singular values stand.
+        tinylora_target_modules (`list[str]`, *optional*, defaults to `["all-linear"]`):
+            Modules to adapt.
+        tinylora_exclude_modules (`list[str]`, *optional*):
+            Modules to leave out.
+        tinylora_modules_to_save (`list[str]`, *optional*):
+            Modules to train and save whole.
+        tinylora_projection_seed (`int`, *optional*, defaults to `42`):
+            Seed of the fixed random projections.
+    """
+
+    tinylora_r: int = field(default=2, metadata={"help": "Frozen rank: singular directions kept of each weight."})
+    tinylora_u: int = field(default=1, metadata={"help": "Trained numbers a group."})
+    # HfArgumentParser reads a field of three types from the command line as the second, here a string.
+    tinylora_tie: dict | str | None = field(
+        default="none",
+        metadata={
+            "help": "Which modules share their numbers: none, full, tiled (nearby modules), structured (nearby modules "
+            'of a type), or a mapping of group name to a pattern over module names, as JSON: {"mlp": ".*mlp.*"}.'
+        },
+    )
+    tinylora_n_tie: int | None = field(
+        default=None, metadata={"help": "Modules that share their numbers, for tiled and structured."}
+    )
+    tinylora_sigma: str = field(
+        default="left",
+        metadata={"help": "Where the singular values stand: left (the paper) or split (PEFT)."},
+    )
+    tinylora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"],
+        metadata={"help": "Modules to adapt: all-linear, names, or one pattern."},
+    )
+    tinylora_exclude_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules to leave out: names, or one pattern."}
+    )
+    tinylora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save whole, beside the adapter."}
+    )
+    tinylora_projection_seed: int = field(default=42, metadata={"help": "Seed of the fixed random projections."})
+
+    def __post_init__(self):
+        if isinstance(self.tinylora_tie, str) and self.tinylora_tie.lstrip().startswith("{"):
+            try:
+                self.tinylora_tie = json.loads(self.tinylora_tie)
+            except json.JSONDecodeError as error:
+                raise RecipeError(f"tinylora_tie is no JSON mapping: {self.tinylora_tie!r} ({error}).") from error
+
+
+@dataclass
+class ScoreArguments(ProblemArguments):
+    """What the script `score.py` reads, besides TRL's `ModelConfig`.
+
+    Args:
+        dataset (`str`):
+            Problems, a dataset id or a local JSON, JSONL or Parquet file.
+        dataset_config (`str`, *optional*):
+            The dataset's configuration.
+        dataset_split (`str`, *optional*, defaults to `"test"`):
+            Its split; a file is one split.
+        adapter (`str`, *optional*):
+            A saved adapter, folder or id. Without it the base model is scored.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Problems generated at once.
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Most tokens in an answer.
+        max_problems (`int`, *optional*):
+            Score on the first so many problems only.
+        sampled (`bool`, *optional*, defaults to `False`):
+            Whether to score samples at temperature 1 too.
+        use_cpu (`bool`, *optional*, defaults to `False`):
+            Whether to stay on the CPU where there is a GPU.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run the code that a model ships with.
+    """
+
+    dataset: str = field(default=None, metadata={"help": "Problems: a dataset id or a JSON, JSONL or Parquet file."})
+    dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
+    dataset_split: str = field(default="test", metadata={"help": "The dataset's split (a file is one split)."})
+    adapter: str | None = field(default=None, metadata={"help": "A saved adapter: folder or id (None: the base)."})
+    batch_size: int = field(
+        default=64, metadata={"help": "Problems generated at once. The same number gives the same answers again."}
+    )
+    max_completion_length: int = field(default=512, metadata={"help": "Most tokens in an answer."})
+    max_problems: int | None = field(default=None, metadata={"help": "The first so many problems only (None: all)."})
+    sampled: bool = field(default=False, metadata={"help": "Score samples at temperature 1 too."})
+    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that a model ships with."})
+
+
+def parse(classes: Sequence[type], usage: str, argv: Sequence[str] | None = None) -> tuple:
+    """
+    Parses YAML and command line strictly into one object of each class.
+
+    Args:
+        classes (`Sequence[type]`):
+            Dataclasses whose field names don't overlap.
+        usage (`str`):
+            One line shown with a wrong option, in place of a list of the some 300 that there are.
+        argv (`Sequence[str]`, *optional*):
+            The command line without the script, `sys.argv[1:]` by default.
+
+    Raises:
+        RecipeError: if the file is missing or no YAML mapping, or a key or value is not accepted.
+    """
+    parser = TrlParser(classes, usage=usage)
+    try:
+        return parser.parse_args_and_config(argv)
+    except RecipeError:
+        raise
+    except FileNotFoundError as error:
+        raise RecipeError(f"no config file {error.filename!r} (looked from {Path.cwd()}): check the path.") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the config file is not valid YAML: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError) as error:
+        raise RecipeError(" ".join(str(error).split())) from error
+
+
+def refuse_lora_options(model_args: ModelConfig) -> None:
+    """Raises [`RecipeError`] where `ModelConfig` asks for a LoRA, which these recipes do not train."""
+    lora_fields = [f for f in fields(ModelConfig) if f.name.startswith("lora_") or f.name.startswith("use_")]
+    lora_fields = [f for f in lora_fields if f.name != "use_bnb_nested_quant"]
+    given = [f.name for f in lora_fields if getattr(model_args, f.name) != f.default]
+    if given:
+        raise RecipeError(
+            f"{', '.join(given)}: LoRA options, and this recipe trains TinyLoRA: use tinylora_* instead."
+        )

@@ -1,0 +1,198 @@
+"""The fraction of problems that a model solves: greedy, or sampled at temperature 1.
+
+As a library, `score(model, tokenizer, problems)`; the recipes call it before and after training. As a script it reloads
+a saved adapter in a new process and prints JSON:
+
+    python trl_recipes/score.py --adapter outputs/embedded_grpo --dataset trl_recipes/embedded/data/held_out.jsonl
+
+Greedy answers come back exactly if the batches do: padding shifts positions and sums by a rounding error, and one token
+that flips can flip an answer. So problems are taken in order, `batch_size` at a time, padded on the left to the longest
+of their batch, with the model in the dtype that it was loaded in, with dropout off and outside autocast. The same
+batch size, dtype, device and number of threads give the same answers; the script prints all of them.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggingface_hub is imported
+
+import torch  # noqa: E402
+from peft import PeftConfig, PeftModel  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
+from trl import ModelConfig  # noqa: E402
+
+from peft_tinylora import TinyLoraError  # noqa: E402
+from trl_recipes.arguments import RecipeError, ScoreArguments, parse, refuse_lora_options  # noqa: E402
+from trl_recipes.problems import load_rows, to_problems  # noqa: E402
+from trl_recipes.rewards import exact_match_reward  # noqa: E402
+from trl_recipes.trainer_setup import hide_known_noise, load_model, load_tokenizer  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Score:
+    """What `score` measured.
+
+    Args:
+        fraction (`float`): share of problems solved, 0 to 1.
+        rewards (`list[float]`): 1.0 or 0.0 for each problem, in the order given.
+        completions (`list[str]`): what the model answered, in the same order.
+    """
+
+    fraction: float
+    rewards: list[float]
+    completions: list[str]
+
+
+def score(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Iterable[dict],
+    *,
+    batch_size: int = 64,
+    max_completion_length: int = 512,
+    sampled: bool = False,
+    seed: int = 0,
+    progress: str | None = None,
+) -> Score:
+    """
+    Lets the model answer each problem once and scores the answers with the training reward.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The model, on the device where it shall run. Left as it was found.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer, which must pad on the left.
+        problems (`Iterable[dict]`):
+            `{"prompt": str or list of messages, "answer": str}`.
+        batch_size (`int`, *optional*, defaults to `64`):
+            Problems generated at once.
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Most tokens in an answer.
+        sampled (`bool`, *optional*, defaults to `False`):
+            Whether to sample at temperature 1 from the full distribution instead of taking the likeliest token.
+        seed (`int`, *optional*, defaults to `0`):
+            Torch seed of the samples. The global random state is left untouched.
+        progress (`str`, *optional*):
+            Name of the progress bar; without it there is none.
+
+    Returns:
+        [`Score`]: the fraction solved, and each problem's reward and answer.
+
+    Raises:
+        ValueError: if there is no problem, or the tokenizer pads on the right.
+    """
+    problems = list(problems)
+    if not problems:
+        raise ValueError("score needs at least one problem, and got none.")
+    if tokenizer.padding_side != "left":
+        raise ValueError(f"generation needs padding_side='left', and this tokenizer has {tokenizer.padding_side!r}.")
+    config = generation_config(model, tokenizer, max_completion_length, sampled)
+    completions = []
+    starts = range(0, len(problems), batch_size)
+    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
+            prompts = [problem["prompt"] for problem in problems[start : start + batch_size]]
+            inputs = encode(tokenizer, prompts).to(model.device)
+            output = model.generate(**inputs, generation_config=config)
+            new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
+            ended = [cut_at_end(tokens, config.eos_token_id) for tokens in new_tokens]
+            completions += tokenizer.batch_decode(ended, skip_special_tokens=True)
+    rewards = exact_match_reward(
+        [problem["prompt"] for problem in problems], completions, [problem["answer"] for problem in problems]
+    )
+    return Score(sum(rewards) / len(rewards), rewards, completions)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: list) -> dict[str, torch.Tensor]:
+    """Tokenizes prompts as TRL does in training, padded on the left: input_ids and attention_mask (batch, tokens)."""
+    if isinstance(prompts[0], str):
+        return tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
+    return tokenizer.apply_chat_template(
+        prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
+    )
+
+
+def generation_config(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, sampled: bool
+) -> GenerationConfig:
+    """Builds a config that leaves nothing to the model's own, whose values (Qwen's repetition penalty, say) fill gaps."""
+    ends = model.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=sampled,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0 if sampled else 50,  # 50 is what transformers calls unset; greedy decoding does not read it
+        repetition_penalty=1.0,
+        num_beams=1,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=[tokenizer.eos_token_id, *(token for token in ends if token != tokenizer.eos_token_id)],
+        disable_compile=True,
+    )
+
+
+def cut_at_end(tokens: list[int], ends: list[int]) -> list[int]:
+    """Returns the tokens before the first end token."""
+    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Turns dropout off while scoring, and puts the model back in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def main() -> None:
+    """Scores a base model, or a saved adapter on it, and prints the result as JSON."""
+    hide_known_noise()
+    arguments, model_args = parse((ScoreArguments, ModelConfig), "score.py --adapter DIR --dataset FILE [--help]")
+    refuse_lora_options(model_args)
+    if arguments.dataset is None:
+        raise RecipeError("no problems: set dataset to a dataset id or a JSON, JSONL or Parquet file.")
+    if model_args.model_name_or_path is None and arguments.adapter is not None:
+        model_args.model_name_or_path = PeftConfig.from_pretrained(arguments.adapter).base_model_name_or_path
+
+    tokenizer = load_tokenizer(model_args, arguments.trust_remote_code)
+    rows = load_rows(arguments.dataset, arguments.dataset_config, arguments.dataset_split)
+    problems = to_problems(rows, arguments, tokenizer.chat_template is not None)
+    problems = problems.take(min(arguments.max_problems or len(problems), len(problems)))
+
+    model = load_model(model_args, arguments.trust_remote_code)
+    if arguments.adapter is not None:
+        model = PeftModel.from_pretrained(model, arguments.adapter)
+    device = "cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu"
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):  # a quantized model was put there while loading
+        model = model.to(device)
+
+    settings = {"batch_size": arguments.batch_size, "max_completion_length": arguments.max_completion_length}
+    result = {
+        "model": model_args.model_name_or_path,
+        "adapter": arguments.adapter,
+        "dataset": arguments.dataset,
+        "problems": len(problems),
+        "greedy": score(model, tokenizer, problems, progress="greedy", **settings).fraction,
+    }
+    if arguments.sampled:
+        result["sampled"] = score(model, tokenizer, problems, sampled=True, progress="sampled", **settings).fraction
+    result |= settings | {"dtype": str(model.dtype), "device": device, "threads": torch.get_num_threads()}
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RecipeError, TinyLoraError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,161 @@
+"""What each recipe does around a TRL trainer: load the base, configure the adapter, keep v in fp32.
+
+The trap: TRL casts every trainable parameter of a quantized base to bf16 when it builds the trainer, and in bf16 the
+small Adam steps of a tiny v round to nothing. `keep_vector_in_fp32` must run after the trainer is built and before
+training, while v is still at its start, so that nothing has been rounded yet.
+"""
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import disable_progress_bars
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from trl import GRPOConfig, ModelConfig, get_quantization_config
+
+from peft_tinylora import TinyLoraConfig
+from trl_recipes.arguments import RecipeError, TinyLoraArguments
+from trl_recipes.problems import first_line
+
+
+def hide_known_noise() -> None:
+    """Hides the bars of data that loads in a moment, and the warnings that nobody but TRL can act on."""
+    disable_progress_bars()
+    # TRL 1.16 sets and reads gradient_checkpointing, which transformers 5.23 calls activation_checkpointing. Remove
+    # when TRL does too.
+    warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+
+
+def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Loads the base model's tokenizer, padding on the left as generation needs; see [`load_model`]."""
+    name = model_args.model_name_or_path
+    if name is None:
+        raise RecipeError("no model: set model_name_or_path to a model id or a folder.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=model_args.model_revision,
+            trust_remote_code=trust_remote_code,
+            padding_side="left",
+            truncation_side="left",
+        )
+    except (OSError, ValueError) as error:
+        guess = "" if Path(name).is_dir() else " (no such folder, so taken for a model id)"
+        raise RecipeError(f"cannot load the tokenizer of {name!r}{guess}: {first_line(error)}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(model_args: ModelConfig, trust_remote_code: bool, extra_kwargs: dict | None = None) -> PreTrainedModel:
+    """
+    Loads the base model, the same way for training and for scoring.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]):
+            Which model, in which dtype, quantized or not.
+        trust_remote_code (`bool`):
+            Whether to run the code that a model ships with.
+        extra_kwargs (`dict`, *optional*):
+            More arguments of [`~transformers.AutoModelForCausalLM.from_pretrained`], which win.
+
+    Raises:
+        RecipeError: if there is no such model.
+    """
+    kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": trust_remote_code,
+        "dtype": model_args.dtype,
+        "attn_implementation": model_args.attn_implementation,
+    }
+    quantization_config = get_quantization_config(model_args)
+    if quantization_config is not None:
+        kwargs |= {"quantization_config": quantization_config, "device_map": {"": PartialState().device}}
+    try:
+        return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs | (extra_kwargs or {}))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"cannot load model {model_args.model_name_or_path!r}: {first_line(error)}") from error
+
+
+def tinylora_config(arguments: TinyLoraArguments) -> TinyLoraConfig:
+    """Builds the adapter's config; raises [`RecipeError`] with the config's own words where a value is not allowed."""
+
+    def names_or_pattern(names: list[str] | None) -> list[str] | str | None:
+        # The command line gives a list; one element is a keyword (all-linear) or a pattern, as in TRL's ModelConfig.
+        return names[0] if isinstance(names, list) and len(names) == 1 else names
+
+    try:
+        return TinyLoraConfig(
+            task_type="CAUSAL_LM",
+            r=arguments.tinylora_r,
+            u=arguments.tinylora_u,
+            tie=arguments.tinylora_tie,
+            n_tie=arguments.tinylora_n_tie,
+            sigma=arguments.tinylora_sigma,
+            target_modules=names_or_pattern(arguments.tinylora_target_modules),
+            exclude_modules=names_or_pattern(arguments.tinylora_exclude_modules),
+            modules_to_save=arguments.tinylora_modules_to_save,
+            projection_seed=arguments.tinylora_projection_seed,
+        )
+    except ValueError as error:
+        raise RecipeError(first_line(error)) from error
+
+
+def refuse_rounding_options(training_args: GRPOConfig) -> None:
+    """Raises [`RecipeError`] for the options with which TRL casts the whole model, v included, between steps."""
+    if training_args.use_transformers_continuous_batching and (training_args.bf16 or training_args.fp16):
+        raise RecipeError(
+            "use_transformers_continuous_batching casts the adapter to half precision at every step: set it to false, "
+            "or set bf16 and fp16 to false."
+        )
+
+
+def keep_vector_in_fp32(trainer: Trainer) -> int:
+    """
+    Casts the trained parameters back to fp32 where TRL cast them; call it between building the trainer and training.
+
+    Returns:
+        `int`: how many parameter tensors had to be cast back.
+    """
+    cast = [p for p in trainer.model.parameters() if p.requires_grad and p.dtype != torch.float32]
+    for parameter in cast:
+        parameter.data = parameter.data.float()
+    return len(cast)
+
+
+def trained_numbers(model: PeftModel) -> torch.Tensor:
+    """Returns a copy of all v, in the model's order: shape (groups * u,), fp32, on the CPU."""
+    vectors = [
+        p.detach().flatten() for name, p in model.named_parameters() if p.requires_grad and "tinylora_v" in name
+    ]
+    return torch.cat(vectors).cpu().clone()
+
+
+def count_trained(model: PeftModel) -> int:
+    """Counts the numbers that training changes: v, and the modules to save where there are any."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def save_adapter(trainer: Trainer, output_dir: Path) -> None:
+    """
+    Saves the adapter, config before weights: a folder that holds the weights is finished.
+
+    Written elsewhere first and moved, so that Ctrl-C leaves either the old adapter or the new one. Tokenizer and base
+    are not saved: they come from the base model. Every process calls it, for FSDP.
+
+    Args:
+        trainer ([`~transformers.Trainer`]):
+            The trainer after training.
+        output_dir (`Path`):
+            The adapter's folder.
+    """
+    temporary = output_dir / ".saving"
+    trainer.save_model(str(temporary))
+    if trainer.is_world_process_zero():
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            os.replace(temporary / name, output_dir / name)
+        shutil.rmtree(temporary)
