@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 def mix(v: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     """R = sum_i v_i P_i, of shape (r, r), in the dtype and on the device of P; differentiable in v."""
-    return torch.einsum("i,ijk->jk", v.to(P), P)
+    return (v.to(P) @ P.flatten(1)).view(P.shape[1:])
 
 
 def multiply(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, R: torch.Tensor) -> torch.Tensor:

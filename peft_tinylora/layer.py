@@ -11,6 +11,7 @@ did not happen.
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -220,8 +221,7 @@ class Linear(TinyLoraLayer, nn.Module):
         dtype = result.dtype
         for name in self._active_here():
             A, B = self.tinylora_A[name], self.tinylora_B[name]
-            # Out of autocast: the update is small, and in bf16 three digits of it would be left.
-            with torch.autocast(device_type=x.device.type, enabled=False):
+            with without_autocast(x.device.type):
                 dropped = self.tinylora_dropout[name](x).to(A.dtype)
                 result = result + delta.multiply(dropped, A, B, self.mixing_matrix(name))
         return result.to(dtype)
@@ -244,7 +244,7 @@ class Embedding(TinyLoraLayer, nn.Module):
         scale = self._get_embed_scale()  # Gemma's embeddings multiply their rows by a constant
         for name in self._active_here():
             A, B = self.tinylora_A[name], self.tinylora_B[name]
-            with torch.autocast(device_type=x.device.type, enabled=False):
+            with without_autocast(x.device.type):
                 rows = self.tinylora_dropout[name](F.embedding(x, B))
                 update = delta.look_up(rows, A, self.mixing_matrix(name))
                 result = result + (update if scale is None else update * scale.to(update))
@@ -253,3 +253,9 @@ class Embedding(TinyLoraLayer, nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # PEFT writes the converted factors under names that a LoRA embedding does not read, and the update is lost.
         return False
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context for the update, of which autocast to bf16 would leave three digits."""
+    # Decoding enters this once for each layer and token: where autocast is off anyway, that should cost nothing.
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
