@@ -94,9 +94,8 @@ def tensors_to_load(
     found = {_name_in_base_model(key): tensor for key, tensor in state_dict.items() if "tinylora_" in key}
     others = {key: tensor for key, tensor in state_dict.items() if "tinylora_" not in key}
     unknown = others.keys() - _known_names(model)
-    if config.bias != "none":
-        # PEFT also saves the biases of `modules_to_save`, under a name that the model does not have.
-        unknown = {key for key in unknown if not key.endswith(".bias")}
+    # PEFT saves the biases of `modules_to_save` under a second name, which no model has.
+    unknown = {key for key in unknown if ".modules_to_save." not in key}
     _check(slots, found, sorted(unknown))
     _check_basis(layers, found, config)
 

@@ -1,18 +1,11 @@
-"""Small models that every test file uses, and a way to run stock PEFT in a process without the plugin."""
+"""Fixtures of every test file."""
 
-import os
-import subprocess
-import sys
-import textwrap
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
-
-
-LAYERS = 4
+from support import make_tiny_llama
+from transformers import LlamaForCausalLM
 
 
 @pytest.fixture(autouse=True)
@@ -22,54 +15,11 @@ def _fixed_seed() -> None:
 
 @pytest.fixture
 def tiny_llama() -> Callable[..., LlamaForCausalLM]:
-    """Makes the same random 4-layer Llama (28 linear modules) at each call; `seed` and config fields may be given."""
+    """Makes a small model; see `support.make_tiny_llama`."""
     return make_tiny_llama
-
-
-def make_tiny_llama(seed: int = 0, **fields: object) -> LlamaForCausalLM:
-    settings = {
-        "vocab_size": 48,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-    }
-    config = LlamaConfig(**{**settings, **fields})
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).eval()
-    torch.set_rng_state(state)
-    # Trained weights are not close to the Gaussian start, where the leading singular values nearly coincide.
-    with torch.no_grad():
-        for weight in (p for p in model.parameters() if p.ndim == 2):
-            weight.mul_(2.0)
-    return model
 
 
 @pytest.fixture
 def tokens() -> torch.Tensor:
     """A batch of token ids, shape (3, 10)."""
     return torch.randint(1, 48, (3, 10), generator=torch.Generator().manual_seed(1))
-
-
-def run_python_process(script: str, *arguments: object) -> str:
-    """Run a script in a new process, with this folder on its path, and return what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def fill_vectors(model: torch.nn.Module, scale: float = 1.0, seed: int = 7, adapter_name: str = "default") -> None:
-    """Set v of an adapter to known random numbers, so that the adapter does something."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for v in model.tinylora_v[adapter_name].values():
-            v.copy_(scale * torch.randn(v.shape, generator=generator))

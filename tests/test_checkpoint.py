@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import fill_vectors
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support import fill_vectors
 
 from peft_tinylora import AdapterFileError, BasisMismatchError, TinyLoraConfig, TinyLoraLayer
 from peft_tinylora import model as model_module

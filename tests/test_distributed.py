@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from conftest import fill_vectors, run_python_process
 from peft import get_peft_model
+from support import fill_vectors, run_python_process
 
 from peft_tinylora import TinyLoraConfig
 
@@ -18,7 +18,7 @@ TWO_PROCESSES = """
     from ast import literal_eval
     import torch
     import torch.distributed as dist
-    from conftest import fill_vectors, make_tiny_llama
+    from support import fill_vectors, make_tiny_llama
     from peft import get_peft_model
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel

@@ -4,8 +4,8 @@ import warnings
 
 import pytest
 import torch
-from conftest import fill_vectors
 from peft import get_peft_model
+from support import fill_vectors
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 

@@ -7,8 +7,8 @@ import warnings
 import peft
 import pytest
 import torch
-from conftest import fill_vectors
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from support import fill_vectors
 
 from peft_tinylora import TinyLoraConfig, TinyLoraLayer, projection
 from peft_tinylora import model as model_module

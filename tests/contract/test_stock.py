@@ -5,9 +5,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from conftest import fill_vectors, run_python_process
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from support import fill_vectors, run_python_process
 
 from peft_tinylora import TinyLoraConfig
 
@@ -16,7 +16,7 @@ from peft_tinylora import TinyLoraConfig
 MAKE = """
     import sys, torch
     from ast import literal_eval
-    from conftest import make_tiny_llama
+    from support import make_tiny_llama
     from peft import TinyLoraConfig, get_peft_model
     assert "peft_tinylora" not in sys.modules
     tokens = torch.randint(1, 48, (3, 10), generator=torch.Generator().manual_seed(1))
@@ -32,7 +32,7 @@ MAKE = """
 # Loads adapters with stock PEFT and saves their logits, or prints why not. Arguments: their folders.
 LOAD = """
     import sys, torch
-    from conftest import make_tiny_llama
+    from support import make_tiny_llama
     from peft import PeftModel
     assert "peft_tinylora" not in sys.modules
     tokens = torch.randint(1, 48, (3, 10), generator=torch.Generator().manual_seed(1))

@@ -1,0 +1,54 @@
+"""What several test files call: a small model, a way to make its adapter do something, and a process without the plugin."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+def make_tiny_llama(seed: int = 0, **fields: object) -> LlamaForCausalLM:
+    """The same random 4-layer Llama (28 linear modules) at each call, unless `seed` or config fields say otherwise."""
+    settings = {
+        "vocab_size": 48,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    }
+    config = LlamaConfig(**{**settings, **fields})
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).eval()
+    torch.set_rng_state(state)
+    # Trained weights are not close to the Gaussian start, where the leading singular values nearly coincide.
+    with torch.no_grad():
+        for weight in (p for p in model.parameters() if p.ndim == 2):
+            weight.mul_(2.0)
+    return model
+
+
+def run_python_process(script: str, *arguments: object) -> str:
+    """Run a script in a new process, with this folder on its path, and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def fill_vectors(model: torch.nn.Module, scale: float = 1.0, seed: int = 7, adapter_name: str = "default") -> None:
+    """Set v of an adapter to known random numbers, so that the adapter does something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for v in model.tinylora_v[adapter_name].values():
+            v.copy_(scale * torch.randn(v.shape, generator=generator))
