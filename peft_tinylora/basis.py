@@ -76,10 +76,11 @@ def canonical_signs(U: torch.Tensor, Vh: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def residual(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> float:
-    """How far (A, B) are from being singular factors of `W`: max_i |W a_i - |a_i|^2 b_i| / (|a_i|^2 |b_i|).
+    """How far (A, B) are from being the singular factors of `W`, relative to the largest singular value s_1.
 
-    With either place of the singular values, W a_i = |a_i|^2 b_i for true factors. 0 is exact, about 1e-6 is fp32
-    rounding, 3e-3 is factors rounded to bf16, and of the order of 1 is another weight.
+    a_i = |a_i| v_i and |a_i| b_i = s_i u_i, wherever the singular values were put. The largest over i of
+    |W v_i - s_i u_i| / s_1, |W^T u_i - s_i v_i| / s_1, and by how much s_i is above the one before it. 0 is exact,
+    about 1e-6 is fp32 rounding, 3e-3 is factors rounded to bf16, and of the order of 1 is another weight.
 
     Args:
         W (`torch.Tensor`): shape (out, in).
@@ -87,10 +88,17 @@ def residual(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> float:
         B (`torch.Tensor`): shape (out, r).
 
     Returns:
-        `float`: the largest over the r pairs; pairs that are zero in A or B count as the norm of W a_i.
+        `float`: 1.0 for factors that are all zero of a weight that is not.
     """
     A, B = A.to(W), B.to(W)
-    squares = (A * A).sum(dim=1)
-    scale = squares * B.norm(dim=0)
-    errors = (W @ A.T - B * squares).norm(dim=0)
-    return torch.where(scale > 0, errors / scale.clamp_min(torch.finfo(W.dtype).tiny), errors).max().item()
+    lengths = A.norm(dim=1)
+    US = B * lengths
+    S = US.norm(dim=0)
+    largest = S.max()
+    if largest == 0:
+        return float(W.any())
+    tiny = torch.finfo(W.dtype).tiny
+    V = A.T / lengths.clamp_min(tiny)
+    U = US / S.clamp_min(tiny)
+    errors = torch.cat([(W @ V - US).norm(dim=0), (W.T @ U - V * S).norm(dim=0), S.diff()])
+    return (errors.max() / largest).item()

@@ -14,7 +14,7 @@ error, and so is a basis of other weights than those of the model.
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from peft import PeftConfig
@@ -52,10 +52,9 @@ def tensors_to_save(
     """
     tensors = {key: tensor for key, tensor in own.items() if config.save_projection or ".tinylora_P." not in key}
     for name, layer in _adapted_layers(model, adapter_name).items():
-        if tensors[f"{name}.tinylora_A.{adapter_name}"].is_meta:
-            layer.ensure_basis(adapter_name)
-            tensors[f"{name}.tinylora_A.{adapter_name}"] = layer.tinylora_A[adapter_name]
-            tensors[f"{name}.tinylora_B.{adapter_name}"] = layer.tinylora_B[adapter_name]
+        for kind, factor in _factors(layer, adapter_name, config.save_projection):
+            # A state dict of the trained parameters only, such as DeepSpeed's, lacks the frozen factors.
+            tensors.setdefault(f"{name}.tinylora_{kind}.{adapter_name}", factor)
     vectors_name, vectors = _vectors(model, adapter_name)
     keys = {f"{vectors_name}.{adapter_name}.{group}": group for group in vectors}
     prefix = "base_model.model.tinylora_v" if conventions_of(config).from_paper else "base_model.tinylora_v"
@@ -63,7 +62,7 @@ def tensors_to_save(
         prefix = "tinylora_v"  # transformers puts "base_model.model." before every key itself
     for key, group in keys.items():
         tensors.pop(key, None)
-        tensors[f"{prefix}.{adapter_name}.{group}"] = state_dict[key]
+        tensors[f"{prefix}.{adapter_name}.{group}"] = state_dict.get(key, vectors[group])
     return tensors
 
 
@@ -96,7 +95,10 @@ def tensors_to_load(
     unknown = others.keys() - _known_names(model)
     # PEFT saves the biases of `modules_to_save` under a second name, which no model has.
     unknown = {key for key in unknown if ".modules_to_save." not in key}
-    _check(slots, found, sorted(unknown))
+    broken = [key for key, tensor in others.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    if len(found) + len(others) != len(state_dict):
+        raise AdapterFileError("The adapter file has a tensor under two names. Nothing was loaded. Save it anew.")
+    _check(slots, found, sorted(unknown), broken)
     _check_basis(layers, found, config)
 
     for layer in layers.values():
@@ -114,6 +116,28 @@ def tensors_to_load(
             f"{name}.tinylora_P.{adapter_name}": layer.tinylora_P[adapter_name] for name, layer in layers.items()
         }
     return tensors
+
+
+def check_loaded(model: nn.Module, config: PeftConfig, adapter_name: str, keys: Iterable[str]) -> None:
+    """Check an adapter that transformers' `load_adapter` put into its model, past [`tensors_to_load`].
+
+    Args:
+        model (`nn.Module`): the transformers model.
+        config (`PeftConfig`): the adapter's.
+        adapter_name (`str`): its name in `model`.
+        keys (`Iterable[str]`): the keys that transformers found missing or unexpected.
+
+    Raises:
+        AdapterFileError, BasisMismatchError: as [`tensors_to_load`].
+    """
+    layers = _adapted_layers(model, adapter_name)
+    slots = _slots(model, config, adapter_name, layers)
+    by_key = {key: name for name, (key, _) in slots.items()}
+    wrong = {by_key.get(key, key) for key in keys}
+    found = {name: slot for name, (_, slot) in slots.items() if name not in wrong}
+    found |= {name: torch.empty(0) for name in wrong - slots.keys()}
+    _check(slots, found)
+    _check_basis(layers, found, config)
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, TinyLoraLayer]:
@@ -144,10 +168,14 @@ def _slots(
     vectors_name, vectors = _vectors(model, adapter_name)
     slots = {f"tinylora_v.{group}": (f"{vectors_name}.{adapter_name}.{group}", v) for group, v in vectors.items()}
     for name, layer in layers.items():
-        for kind in ("A", "B", "P") if config.save_projection else ("A", "B"):
-            tensor = {"A": layer.tinylora_A, "B": layer.tinylora_B, "P": layer.tinylora_P}[kind][adapter_name]
+        for kind, tensor in _factors(layer, adapter_name, config.save_projection):
             slots[_name_in_base_model(f"{name}.tinylora_{kind}")] = (f"{name}.tinylora_{kind}.{adapter_name}", tensor)
     return slots
+
+
+def _factors(layer: TinyLoraLayer, adapter_name: str, save_projection: bool) -> list[tuple[str, torch.Tensor]]:
+    factors = [("A", layer.tinylora_A[adapter_name]), ("B", layer.tinylora_B[adapter_name])]
+    return factors + [("P", layer.tinylora_P[adapter_name])] * save_projection
 
 
 def _name_in_base_model(key: str) -> str:
@@ -158,14 +186,21 @@ def _name_in_base_model(key: str) -> str:
 
 
 def _known_names(model: nn.Module) -> set[str]:
-    names = set(model.state_dict().keys())
+    # Not `model.state_dict()`, which would compute the bases that are about to be loaded.
+    names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
     return names | {f"base_model.model.{name}" for name in names}
 
 
-def _check(slots: dict[str, tuple[str, torch.Tensor]], found: dict[str, torch.Tensor], unknown: list[str]) -> None:
+def _check(
+    slots: dict[str, tuple[str, torch.Tensor]],
+    found: dict[str, torch.Tensor],
+    unknown: Iterable[str] = (),
+    broken: Iterable[str] = (),
+) -> None:
     problems = []
     missing = sorted(slots.keys() - found.keys())
-    extra = sorted(found.keys() - slots.keys()) + unknown
+    extra = sorted(found.keys() - slots.keys()) + [*unknown]
     if missing:
         problems.append(f"{len(missing)} missing ({_some(missing)})")
     if extra:
@@ -178,7 +213,7 @@ def _check(slots: dict[str, tuple[str, torch.Tensor]], found: dict[str, torch.Te
     ]
     if misshapen:
         problems.append(f"{len(misshapen)} of the wrong shape ({_some(misshapen)})")
-    broken = [name for name in both if not found[name].is_meta and not torch.isfinite(found[name]).all()]
+    broken = [*broken] + [name for name in both if not found[name].is_meta and not torch.isfinite(found[name]).all()]
     if broken:
         problems.append(f"{len(broken)} with NaN or Inf ({_some(broken)})")
     if problems:

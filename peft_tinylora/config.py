@@ -97,9 +97,9 @@ class TinyLoraConfig(peft.TinyLoraConfig):
     )
 
     def __post_init__(self) -> None:
-        # Only a config read from a file names its peft_type; its factors are then about to be loaded, not computed.
-        self._from_file = self.peft_type is not None
-        if self._from_file and self.tie is not None and self.weight_tying == REFUSED_BY_STOCK_PEFT:
+        # Only in a file is the type a plain string; the factors are then about to be loaded, not computed.
+        self._from_file = self.peft_type is not None and not isinstance(self.peft_type, peft.PeftType)
+        if self.tie is not None and self.weight_tying == REFUSED_BY_STOCK_PEFT:
             self.weight_tying = 0.0
         check_peft_fields(self)
         super().__post_init__()

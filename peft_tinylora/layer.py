@@ -90,7 +90,8 @@ class TinyLoraLayer(BaseTunerLayer):
             A, B = basis.A, basis.B
         self.tinylora_A[adapter_name] = A
         self.tinylora_B[adapter_name] = B
-        self.tinylora_P[adapter_name] = projection.to(weight.device, dtype)
+        # On the CPU while the weight is on the meta device, where its numbers would be lost.
+        self.tinylora_P[adapter_name] = projection.to("cpu" if weight.is_meta else weight.device, dtype)
         self.tinylora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
         self.r[adapter_name] = r
         self.u[adapter_name] = projection.shape[0]
@@ -99,7 +100,8 @@ class TinyLoraLayer(BaseTunerLayer):
 
     def ensure_basis(self, adapter_name: str) -> None:
         """Compute A and B from the weight if they were left for a file that did not come. Needs a real weight."""
-        if self.tinylora_A[adapter_name].is_meta and not self.get_base_layer().weight.is_meta:
+        missing = self.tinylora_A[adapter_name].is_meta or self.tinylora_B[adapter_name].is_meta
+        if missing and not self.get_base_layer().weight.is_meta:
             basis = self._basis_makers[adapter_name](self.unmerged_matrix())
             self.tinylora_A[adapter_name] = basis.A
             self.tinylora_B[adapter_name] = basis.B
@@ -134,11 +136,12 @@ class TinyLoraLayer(BaseTunerLayer):
         """Merge adapters into the base weight; the original is kept and comes back, bit for bit, on unmerging.
 
         Args:
-            safe_merge (`bool`, *optional*, defaults to `False`): refuse to merge where the result is not finite.
+            safe_merge (`bool`, *optional*, defaults to `False`): refuse to merge this layer where the result is not
+                finite.
             adapter_names (`list[str]`, *optional*): which to merge, defaults to the active ones.
 
         Raises:
-            ValueError: with `safe_merge`, if the merged weight holds NaN or Inf; nothing is changed then.
+            ValueError: with `safe_merge`, if the merged weight holds NaN or Inf; this layer is left as it was.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.tinylora_A]
         if not names:
@@ -164,13 +167,29 @@ class TinyLoraLayer(BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer; see `BaseTunerLayer.delete_adapter`."""
-        for entries in (self.r, self.u, self._tinylora_v_key, self._basis_makers, self.tinylora_dropout):
+        self.forget(adapter_name)
+        super().delete_adapter(adapter_name)
+
+    def forget(self, adapter_name: str) -> None:
+        """Drop what this layer holds of an adapter. Its v, and which adapters are active, stay as they are."""
+        factors = (self.tinylora_A, self.tinylora_B, self.tinylora_P, self.tinylora_dropout)
+        for entries in (*factors, self.r, self.u, self._tinylora_v_key, self._basis_makers):
             if adapter_name in entries:
                 del entries[adapter_name]
-        super().delete_adapter(adapter_name)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
+
+    def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
+        """As `nn.Module.requires_grad_`, for the vectors that this layer reads too: transformers freezes layer by layer."""
+        for adapter_name, group in self._tinylora_v_key.items():
+            self.tinylora_v[adapter_name][group].requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        for name in self.tinylora_A.keys():
+            self.ensure_basis(name)
+        return super().state_dict(*args, **kwargs)
 
     def _get_available_adapters(self) -> set[str]:
         return set(self.tinylora_A.keys())

@@ -76,8 +76,10 @@ class TinyLoraModel(BaseTuner):
         super().__init__(model, config, adapter_name, low_cpu_mem_usage, state_dict)
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        wrapped = next((module for module in model.modules() if isinstance(module, TinyLoraLayer)), None)
         if not self._outlived_by_model:
-            self.tinylora_v = nn.ModuleDict({})
+            # A base that another PeftModel wrapped already keeps its vectors, as it keeps its layers.
+            self.tinylora_v = nn.ModuleDict({}) if wrapped is None else wrapped.tinylora_v
             return
         if not isinstance(getattr(model, "tinylora_v", None), nn.ModuleDict):
             model.tinylora_v = nn.ModuleDict({})
@@ -95,9 +97,11 @@ class TinyLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         check_peft_fields(config)
         config = self._prepare_adapter_config(config, self.get_model_config(model))
-        names = target_names(model, config) if state_dict is None else names_in_state_dict(state_dict)
+        names = target_names(model, config) if state_dict is None else names_in_state_dict(model, state_dict)
         self._plans = self._plan(model, names, config, adapter_name)
         others = [(v, v.requires_grad) for vectors in self.tinylora_v.values() for v in vectors.values()]
+        for layer in (module for module in model.modules() if isinstance(module, TinyLoraLayer)):
+            layer.forget(adapter_name)  # of an earlier PeftModel around the same base
         self.tinylora_v[adapter_name] = nn.ParameterDict({})
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -255,6 +259,8 @@ class TinyLoraModel(BaseTuner):
 
     def _forget(self, adapter_name: str) -> None:
         """Take back an adapter whose file was refused, so that the model is as before."""
+        if any(not v.is_meta and v.any() for v in self.tinylora_v[adapter_name].values()):
+            return  # it was trained before this file was tried
         if len(self.peft_config) > 1:
             self.delete_adapter(adapter_name)
         else:
@@ -274,9 +280,20 @@ def unmerged_matrix(module: nn.Module) -> torch.Tensor:
     return to_matrix(layer.weight.detach(), layer)
 
 
-def names_in_state_dict(state_dict: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the modules that the keys of an adapter's state dict belong to, in the order of the keys."""
-    return list(dict.fromkeys(key.rpartition(".tinylora_")[0] for key in state_dict if ".tinylora_" in key))
+def names_in_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the modules that the keys of an adapter's state dict belong to, in model order.
+
+    Raises:
+        AdapterFileError: if the model has no such module; names it.
+    """
+    wanted = {key.rpartition(".tinylora_")[0] for key in state_dict} - {""}  # "" is that of the vectors
+    names = [name for name, _ in model.named_modules() if name in wanted]
+    unknown = sorted(wanted - set(names))
+    if unknown:
+        raise AdapterFileError(
+            f"The state dict names {len(unknown)} modules that the model lacks, such as {unknown[0]!r}."
+        )
+    return names
 
 
 def settings(config: PeftConfig) -> dict[str, Any]:
@@ -307,12 +324,12 @@ def bounded_rank(config: PeftConfig, layer: nn.Module, name: str) -> int:
 
 
 def warn_if_overparametrised(config: PeftConfig, groups: dict[str, int]) -> None:
-    """Warn where a v has more numbers than the R of all the modules that read it have entries."""
-    fewest = min(Counter(groups.values()).values(), default=1)
-    most = config.r**2 * fewest
+    """Warn where even the v that most modules read has more numbers than the R of all of them have entries."""
+    members = max(Counter(groups.values()).values(), default=1)
+    most = config.r**2 * members
     if config.u > most:
         warnings.warn(
-            f"u={config.u} numbers are trained for {fewest} module(s) with r={config.r}, which can tell only "
+            f"u={config.u} numbers are trained for {members} module(s) with r={config.r}, which can tell only "
             f"{most} of them apart; the rest change nothing but the step size. Use u={most} or less.",
             stacklevel=2,
         )

@@ -38,7 +38,8 @@ def plan(model: nn.Module, budget: int, **fields: Any) -> TinyLoraConfig:
     chosen_here = sorted(fields.keys() & {"u", "tie", "n_tie", "weight_tying"})
     if chosen_here:
         raise ConfigError(f"plan() chooses {', '.join(chosen_here)} from the budget: do not pass them.")
-    fields.setdefault("target_modules", "all-linear")
+    if fields.get("target_modules") is None:
+        fields["target_modules"] = "all-linear"
     count = len(target_names(model, TinyLoraConfig(tie="none", **fields)))
     if count == 0:
         raise ConfigError(f"target_modules={fields['target_modules']!r}: no module of the model matches.")

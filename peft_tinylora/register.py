@@ -2,6 +2,10 @@
 
 PEFT has no entry point for that, so its mappings are changed, by item: other modules of PEFT imported the dictionaries
 themselves. `peft.TinyLoraConfig` is left alone; a script that makes one gets this package's tuner all the same.
+
+transformers' own methods (`model.add_adapter`, `model.load_adapter`) need two more changes, since PEFT refuses them
+tuners with shared state and they load tensors past PEFT: `peft.inject_adapter_in_model`, a name that transformers
+imports at each call, and `load_adapter` itself, after which the loaded tensors are checked.
 """
 
 import functools
@@ -14,7 +18,10 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
+from .checkpoint import check_loaded
 from .config import TinyLoraConfig
+from .errors import ConfigError
+from .layer import TinyLoraLayer
 from .model import TinyLoraModel
 
 
@@ -39,10 +46,11 @@ def register() -> None:
     _in_place_of["config"] = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.TINYLORA]
     _in_place_of["tuner"] = PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.TINYLORA]
     _in_place_of["inject"] = peft.inject_adapter_in_model
+    _in_place_of["load"] = PreTrainedModel.load_adapter
     PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.TINYLORA] = TinyLoraConfig
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.TINYLORA] = TinyLoraModel
-    # transformers' `model.add_adapter` and `load_adapter` import this name from `peft` at each call.
     peft.inject_adapter_in_model = _inject_adapter_in_model
+    PreTrainedModel.load_adapter = _load_adapter
 
 
 def unregister() -> None:
@@ -52,6 +60,7 @@ def unregister() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.TINYLORA] = _in_place_of["config"]
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.TINYLORA] = _in_place_of["tuner"]
     peft.inject_adapter_in_model = _in_place_of["inject"]
+    PreTrainedModel.load_adapter = _in_place_of["load"]
     _in_place_of.clear()
 
 
@@ -65,6 +74,43 @@ def _inject_adapter_in_model(
 ) -> nn.Module:
     # PEFT refuses tuners whose layers share state here, because the tuner that holds the state is thrown away. On a
     # transformers model the shared vectors are registered on the model itself.
-    if isinstance(peft_config, TinyLoraConfig) and isinstance(model, PreTrainedModel):
-        return TinyLoraModel(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict).model
-    return _in_place_of["inject"](peft_config, model, adapter_name, low_cpu_mem_usage, state_dict)
+    if not (isinstance(peft_config, TinyLoraConfig) and isinstance(model, PreTrainedModel)):
+        return _in_place_of["inject"](peft_config, model, adapter_name, low_cpu_mem_usage, state_dict)
+    if not peft_config.uses_paper_conventions:
+        raise ConfigError(
+            "transformers' `add_adapter` and `load_adapter` write and read v under a name that PEFT's layout does not "
+            "have: name `tie` in the config, or use `get_peft_model` and `PeftModel.from_pretrained`."
+        )
+    return TinyLoraModel(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict).model
+
+
+@functools.wraps(PreTrainedModel.load_adapter)
+def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    before = set(self.peft_config) if self._hf_peft_config_loaded else set()
+    try:
+        loading_info = _in_place_of["load"](self, *args, **kwargs)
+        for name in _tinylora_adapters(self) - before:
+            keys = {*loading_info.missing_keys, *loading_info.unexpected_keys}
+            check_loaded(self, self.peft_config[name], name, keys)
+    except Exception:
+        for name in _tinylora_adapters(self) - before:
+            _take_back(self, name)
+        raise
+    return loading_info
+
+
+def _tinylora_adapters(model: PreTrainedModel) -> set[str]:
+    configs = model.peft_config if hasattr(model, "peft_config") else {}
+    return {name for name, config in configs.items() if isinstance(config, TinyLoraConfig)}
+
+
+def _take_back(model: PreTrainedModel, adapter_name: str) -> None:
+    """Remove an adapter that was not loaded, and the layers that were wrapped for it."""
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter_name)
+        return
+    for name, module in list(model.named_modules()):
+        if isinstance(module, TinyLoraLayer):
+            model.set_submodule(name, module.base_layer)
+    del model.tinylora_v, model.peft_config
+    model._hf_peft_config_loaded = False

@@ -1,6 +1,7 @@
 """The trained vector v of a group: the only numbers that a TinyLoRA adapter learns.
 
-v is kept in fp32 (float64 on a float64 base) whatever the base's dtype: in bf16 an Adam step of 1e-4 on |v| = 0.03
+v is made in fp32 (float64 on a float64 base) whatever the base's dtype, and stays so unless the user casts the whole
+model, as with `model.to(torch.bfloat16)`: in bf16 an Adam step of 1e-4 on |v| = 0.03
 rounds to nothing, and the paper finds fp32 the best even for the bytes it takes (section 6, figure 4).
 """
 

@@ -58,6 +58,16 @@ def test_residual_tells_the_right_weight_from_others() -> None:
         assert residual(W, A, -B) > 1
 
 
+def test_residual_is_not_fooled_by_half_a_basis_or_swapped_pairs() -> None:
+    W = torch.randn(20, 30)
+    some_rows = torch.linalg.qr(torch.randn(30, 2))[0].T
+    assert residual(W, some_rows, W @ some_rows.T) > 0.1
+    A, B = compute_basis(W, 2, "left")
+    assert residual(W, A.flip(0), B.flip(1)) > 0.01
+    assert residual(W, torch.zeros_like(A), torch.zeros_like(B)) == 1.0
+    assert residual(torch.zeros_like(W), torch.zeros_like(A), torch.zeros_like(B)) == 0.0
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_broken_weight_is_refused_by_name(value: float) -> None:
     W = torch.randn(6, 6)

@@ -1,5 +1,7 @@
 """What a config accepts, what it refuses, and what it writes."""
 
+import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -89,3 +91,12 @@ def test_round_trip_through_the_file(tmp_path: Path, fields: dict) -> None:
     assert type(loaded) is TinyLoraConfig
     assert conventions_of(loaded) == conventions_of(config)
     assert loaded.exclude_modules == config.exclude_modules or set(loaded.exclude_modules) == config.exclude_modules
+
+
+def test_copies_of_a_config_are_not_taken_for_files(tmp_path: Path) -> None:
+    config = TinyLoraConfig(tie="tiled", n_tie=4)
+    config.save_pretrained(tmp_path)
+    assert TinyLoraConfig.from_pretrained(tmp_path)._from_file
+    for twin in (dataclasses.replace(config), copy.deepcopy(config), TinyLoraConfig(**config.to_dict())):
+        assert not twin._from_file
+        assert conventions_of(twin) == conventions_of(config)

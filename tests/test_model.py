@@ -369,3 +369,19 @@ def test_one_decomposition_for_each_module(tiny_llama, monkeypatch) -> None:
     monkeypatch.setattr(model_module, "compute_basis", lambda *a, **k: calls.append(k["name"]) or original(*a, **k))
     get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
     assert len(calls) == len(set(calls)) == 28
+
+
+def test_adapter_made_before_the_base_weights_arrive(tiny_llama, tokens) -> None:
+    expected = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
+    with torch.device("meta"):
+        empty = type(tiny_llama())(tiny_llama().config)
+    model = get_peft_model(empty, TinyLoraConfig(**TILED))
+    weights = {key.replace(".weight", ".base_layer.weight") if "_proj" in key else key: tensor
+               for key, tensor in tiny_llama().state_dict().items()}  # fmt: skip
+    model.get_base_model().load_state_dict(weights, assign=True, strict=False)
+    for group in model.tinylora_v["default"]:
+        model.tinylora_v["default"][group] = torch.nn.Parameter(torch.zeros(1))
+    model.get_base_model().model.rotary_emb = tiny_llama().model.rotary_emb
+    for adapted in (model, expected):
+        fill_vectors(adapted, 0.5)
+    assert torch.equal(model.eval()(tokens).logits, expected(tokens).logits)
