@@ -17,7 +17,8 @@ from trl_recipes.embedded import task
 
 FOLDER = Path(task.__file__).parent
 MODEL = FOLDER / "model"
-FILES = {"grpo": FOLDER / "data" / "grpo_train.jsonl", "held_out": FOLDER / "data" / "held_out.jsonl"}
+DATA = FOLDER / "data"
+FILES = {"grpo": DATA / "grpo_train.jsonl", "held_out": DATA / "held_out.jsonl", "tuning": DATA / "tuning.jsonl"}
 PROBE = FILES["held_out"].read_text().splitlines()[:8]
 
 IN_A_NEW_PROCESS = """
@@ -142,8 +143,8 @@ def test_pretraining_documents_contain_no_problem_of_the_files():
 
 def test_files_can_be_drawn_again():
     """Equal to what the pre-training script wrote from its default seed."""
-    for split, rows in ((split, rows_of(split)) for split in FILES):
-        assert task.draw_rows(random.Random(f"0 {split}"), split, 50) == rows[:50]
+    assert task.draw_rows(random.Random("0 grpo"), "grpo", 50) == rows_of("grpo")[:50]
+    assert task.draw_rows(random.Random("0 held_out"), "held_out", 2048) == rows_of("tuning") + rows_of("held_out")
 
 
 def test_solutions_work_out():

@@ -1,4 +1,4 @@
-"""Pre-train the embedded model from nothing and write it, its tokenizer and the two problem files.
+"""Pre-train the embedded model from nothing and write it, its tokenizer and the three problem files.
 
     python -m trl_recipes.embedded.pretrain --output_dir trl_recipes/embedded
 
@@ -237,17 +237,26 @@ def main() -> None:
     model.save_pretrained(output / "model")
     tokenizer.save_pretrained(output / "model")
     (output / "data").mkdir(exist_ok=True)
-    for split, count in (("grpo", settings.grpo_problems), ("held_out", settings.held_out_problems)):
-        rows = task.draw_rows(random.Random(f"{settings.seed} {split}"), split, count)
-        name = "grpo_train.jsonl" if split == "grpo" else "held_out.jsonl"
-        (output / "data" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = task.draw_rows(random.Random(f"{settings.seed} grpo"), "grpo", settings.grpo_problems)
+    write_rows(output / "data" / "grpo_train.jsonl", rows)
+    # Two sets that training never sees: one to choose settings by, the other for the figures that are reported.
+    count = settings.held_out_problems
+    rows = task.draw_rows(random.Random(f"{settings.seed} held_out"), "held_out", 2 * count)
+    tuning, held_out = rows[:count], rows[count:]
+    write_rows(output / "data" / "tuning.jsonl", tuning)
+    write_rows(output / "data" / "held_out.jsonl", held_out)
     print(f"wrote {output / 'model'} and {output / 'data'}")
 
     for heading in ("", "Source: textbook\n", "Source: forum\n"):
-        greedy = accuracy(model, tokenizer, rows, do_sample=False, heading=heading)
-        sampled = accuracy(model, tokenizer, rows, do_sample=True, heading=heading)
+        greedy = accuracy(model, tokenizer, held_out, do_sample=False, heading=heading)
+        sampled = accuracy(model, tokenizer, held_out, do_sample=True, heading=heading)
         source = heading.strip() or "no source"
-        print(f"held-out accuracy, {source}: greedy {greedy:.3f}, sampled {sampled:.3f} ({len(rows)} problems)")
+        print(f"held-out accuracy, {source}: greedy {greedy:.3f}, sampled {sampled:.3f} ({count} problems)")
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 if __name__ == "__main__":
