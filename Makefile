@@ -40,7 +40,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	@echo "demo: GRPO on the embedded model, on a CPU"
-	@$(VENV)/bin/accelerate launch --config_file trl_recipes/accelerate_configs/cpu.yaml \
+	@$(VENV)/bin/accelerate launch --num_cpu_threads_per_process 2 \
+	    --config_file trl_recipes/accelerate_configs/cpu.yaml \
 	    trl_recipes/grpo.py --config trl_recipes/configs/embedded_grpo.yaml
 
 test: setup

@@ -146,5 +146,5 @@ def draw_reward_curve(
             axes.annotate(f"{value:.1%}", (step, value), (0, above), textcoords="offset points", ha=side, color=colour)
     axes.set(xlabel="step", ylabel="share correct", ylim=(0, 1.08), title=title)
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     FigureCanvasAgg(figure).print_png(png_path)

@@ -31,7 +31,7 @@ def main() -> None:
     """Rolls out, takes the gradient for each module, and ranks the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=200, help="how many seeds to rank, from 0")
-    parser.add_argument("--problems", type=int, default=512, help="training problems rolled out")
+    parser.add_argument("--problems", type=int, default=2048, help="training problems rolled out")
     parser.add_argument("--n_tie", type=int, default=4, help="modules that share a number")
     arguments = parser.parse_args()
     torch.manual_seed(0)
