@@ -173,7 +173,7 @@ def test_the_card_says_what_was_measured(run):
         assert f"{float(curve(run)[-1][f'v_{i}']):+.6f}" in card.text
     for part in run.command[run.command.index("trl_recipes/grpo.py") :]:
         assert part in card.text
-    assert "| learning rate | 0.05, constant |" in card.text
+    assert "| learning rate | 0.05, linear |" in card.text
     assert peft_tinylora.__version__ in card.text
     [line] = [line for line in run.stdout.splitlines() if line.startswith("score it again: ")]
     assert line.removeprefix("score it again: ") in card.text
