@@ -102,11 +102,11 @@ def tensors_to_load(
     _check_basis(layers, found, config)
 
     for layer in layers.values():
-        weight = layer.get_base_layer().weight
+        weight = layer.stored_tensor()
         for factors in (layer.tinylora_A, layer.tinylora_B):
             if factors[adapter_name].is_meta and not weight.is_meta:
                 factors[adapter_name] = torch.empty_like(factors[adapter_name], device=weight.device)
-    device = next(iter(layers.values())).get_base_layer().weight.device
+    device = next(iter(layers.values())).stored_tensor().device
     tensors = dict(others)
     for name, (key, slot) in slots.items():
         tensors[key] = found[name].to(device if slot.is_meta else slot.device, slot.dtype)
@@ -230,7 +230,7 @@ def _some(names: list[str]) -> str:
 def _check_basis(layers: dict[str, TinyLoraLayer], found: dict[str, torch.Tensor], config: PeftConfig) -> None:
     """One product with each weight: are the factors singular factors of it?"""
     for name, layer in layers.items():
-        if layer.get_base_layer().weight.is_meta:
+        if layer.stored_tensor().is_meta:
             continue
         module = _name_in_base_model(name)
         error = residual(layer.unmerged_matrix(), found[f"{module}.tinylora_A"], found[f"{module}.tinylora_B"])

@@ -31,3 +31,7 @@ class AdapterFileError(TinyLoraError, ValueError):
 
 class BasisMismatchError(AdapterFileError):
     """An adapter file holds a basis of other weights than those that it is loaded onto: names the module."""
+
+
+class MergeError(TinyLoraError, TypeError):
+    """Adapters cannot be merged into weights that are stored like this: names the module and what to do instead."""

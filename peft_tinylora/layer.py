@@ -18,12 +18,14 @@ import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import nn
 
 from . import delta
 from .basis import Basis
-from .merging import merged_weight
-from .weight import matrix_shape, to_matrix, to_stored, working_dtype
+from .errors import MergeError
+from .merging import KeptBase, Survival, rounded, survival
+from .weight import dense_matrix, floating_linear, matrix_shape, stored_tensor, to_stored, working_dtype
 
 
 class TinyLoraLayer(BaseTunerLayer):
@@ -32,14 +34,18 @@ class TinyLoraLayer(BaseTunerLayer):
     Args:
         base_layer (`nn.Module`): the adapted layer.
         vectors (`nn.ModuleDict`): adapter name -> `nn.ParameterDict` of group -> v, owned by the tuner.
+        backend (`QuantizationBackend`, *optional*): what reads and writes the weight, if it is quantized.
     """
 
     adapter_layer_names = ("tinylora_v",)
     other_param_names = ("tinylora_A", "tinylora_B", "tinylora_P")
 
-    def __init__(self, base_layer: nn.Module, vectors: nn.ModuleDict) -> None:
+    def __init__(
+        self, base_layer: nn.Module, vectors: nn.ModuleDict, backend: QuantizationBackend | None = None
+    ) -> None:
         self.base_layer = base_layer
-        self.in_features, self.out_features = reversed(matrix_shape(self.get_base_layer()))
+        self.quantization_backend = backend
+        self.in_features, self.out_features = reversed(self.matrix_shape())
         self.tinylora_A = BufferDict({}, persistent=True)  # each (r, in)
         self.tinylora_B = BufferDict({}, persistent=True)  # each (out, r)
         self.tinylora_P = BufferDict({}, persistent=True)  # each (u, r, r)
@@ -49,7 +55,8 @@ class TinyLoraLayer(BaseTunerLayer):
         self._tinylora_v_key: dict[str, str] = {}
         self._basis_makers: dict[str, Callable[[torch.Tensor], Basis]] = {}
         self._shared_vectors = (vectors,)  # in a tuple, or nn.Module would register it here
-        self._unmerged_weight: tuple[nn.Parameter, ...] = ()  # the one kept original while merged
+        self._kept: KeptBase | None = None  # the original while merged
+        self.survival: Survival | None = None  # of the update, in the last merge
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -81,7 +88,7 @@ class TinyLoraLayer(BaseTunerLayer):
             projection (`torch.Tensor`): P, shape (u, r, r).
             dropout (`float`): probability, applied to the input of the update.
         """
-        weight = self.get_base_layer().weight
+        weight = self.stored_tensor()
         dtype = working_dtype(weight.dtype)
         if basis is None:
             A = torch.empty(r, self.in_features, dtype=dtype, device="meta")
@@ -101,7 +108,7 @@ class TinyLoraLayer(BaseTunerLayer):
     def ensure_basis(self, adapter_name: str) -> None:
         """Compute A and B from the weight if they were left for a file that did not come. Needs a real weight."""
         missing = self.tinylora_A[adapter_name].is_meta or self.tinylora_B[adapter_name].is_meta
-        if missing and not self.get_base_layer().weight.is_meta:
+        if missing and not self.stored_tensor().is_meta:
             basis = self._basis_makers[adapter_name](self.unmerged_matrix())
             self.tinylora_A[adapter_name] = basis.A
             self.tinylora_B[adapter_name] = basis.B
@@ -112,11 +119,27 @@ class TinyLoraLayer(BaseTunerLayer):
         A, B, P = (factors[adapter_name] for factors in (self.tinylora_A, self.tinylora_B, self.tinylora_P))
         return Basis(A.clone(), B.clone()), P.clone()
 
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape (out, in) of the weight W."""
+        return matrix_shape(self.get_base_layer())
+
+    def stored_tensor(self) -> torch.Tensor:
+        """The stored weight, or a part of a quantized one: says where it is, and in which precision to work with it."""
+        return stored_tensor(self.get_base_layer())
+
+    def dense_matrix(self) -> torch.Tensor:
+        """The weight W (out, in) that the base layer multiplies by now, in fp32 or better."""
+        return dense_matrix(self.get_base_layer(), self.quantization_backend)
+
     def unmerged_matrix(self) -> torch.Tensor:
         """The weight W (out, in) that the base model came with, in fp32 or better, also while adapters are merged."""
-        base_layer = self.get_base_layer()
-        stored = self._unmerged_weight[0] if self.merged else base_layer.weight
-        return to_matrix(stored.detach(), base_layer)
+        if self._kept is None:
+            return self.dense_matrix()
+        merged = KeptBase(self)
+        self._kept.restore()
+        W = self.dense_matrix()
+        merged.restore()
+        return W
 
     def mixing_matrix(self, adapter_name: str) -> torch.Tensor:
         """R (r, r) of an adapter, differentiable in v."""
@@ -131,14 +154,47 @@ class TinyLoraLayer(BaseTunerLayer):
         )
         return to_stored(update, self.get_base_layer())
 
+    def check_mergeable(self, name: str, dequantize: bool, stochastic: bool) -> None:
+        """Raise if merging cannot be done as asked, before anything is changed.
+
+        Args:
+            name (`str`): this layer's name in the model, for the message.
+            dequantize (`bool`): whether the layer becomes a floating point one.
+            stochastic (`bool`): whether rounding is stochastic.
+
+        Raises:
+            MergeError: names the layer and what to do instead.
+        """
+        backend = self.quantization_backend
+        if backend is None or dequantize:
+            return
+        if not backend.supports_merge:
+            raise MergeError(
+                f"Adapters cannot be merged into module {name!r}: {backend.backend_name} cannot quantize its weight "
+                "again. Leave the adapter unmerged, or use merge_and_unload(dequantize=True)."
+            )
+        if stochastic:
+            raise MergeError(
+                f"stochastic_rounding_seed is for bfloat16 weights, and module {name!r} is quantized "
+                f"({backend.backend_name}): leave it out, or use merge_and_unload(dequantize=True)."
+            )
+
     @torch.no_grad()
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize_to: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         """Merge adapters into the base weight; the original is kept and comes back, bit for bit, on unmerging.
 
         Args:
             safe_merge (`bool`, *optional*, defaults to `False`): refuse to merge this layer where the result is not
                 finite.
             adapter_names (`list[str]`, *optional*): which to merge, defaults to the active ones.
+            dequantize_to (`torch.dtype`, *optional*): replace a quantized base layer by an `nn.Linear` of this dtype.
+            generator (`torch.Generator`, *optional*): round bf16 stochastically; see [`rounded`].
 
         Raises:
             ValueError: with `safe_merge`, if the merged weight holds NaN or Inf; this layer is left as it was.
@@ -146,23 +202,48 @@ class TinyLoraLayer(BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.tinylora_A]
         if not names:
             return
-        base_layer = self.get_base_layer()
-        original = self._unmerged_weight[0] if self.merged else base_layer.weight
-        weight = merged_weight(original, map(self.get_delta_weight, self.merged_adapters + names))
-        if safe_merge and not torch.isfinite(weight).all():
+        update = sum(map(self.get_delta_weight, self.merged_adapters + names))
+        before = KeptBase(self)
+        original = self._kept or before
+        original.restore()
+        base = to_stored(self.dense_matrix(), self.get_base_layer())
+        total = base + update
+        if safe_merge and not torch.isfinite(total).all():
+            before.restore()
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        # A new parameter, not new data in the old one, which a tied layer such as lm_head may hold as well.
-        base_layer.weight = nn.Parameter(weight, requires_grad=original.requires_grad)
-        self._unmerged_weight = (original,)
+        if self.quantization_backend is None:
+            stored = self.stored_tensor()
+            self._replace_weight(nn.Parameter(rounded(total, stored.dtype, generator), stored.requires_grad))
+        elif dequantize_to is not None:
+            self.base_layer = floating_linear(self.get_base_layer(), rounded(total, dequantize_to, generator))
+            self.quantization_backend = None
+        else:
+            self._quantize_again(total, original)
+        self.survival = survival(update, to_stored(self.dense_matrix(), self.get_base_layer()) - base)
+        self._kept = original
         self.merged_adapters.extend(names)
+
+    def _replace_weight(self, weight: nn.Parameter) -> None:
+        # A new parameter, not new data in the old one, which a tied layer such as lm_head may hold as well.
+        self.get_base_layer().weight = weight
+
+    def _quantize_again(self, total: torch.Tensor, original: KeptBase) -> None:
+        backend = self.quantization_backend
+        if not backend.backend_name.startswith("bnb"):  # the others compute in the dtype of what they quantize
+            total = total.to(backend.get_base_weight(self.get_base_layer()).dtype)
+        backend.set_base_weight(self, total)
+        original.restore_attributes()
+        if backend.backend_name == "bnb 4bit":
+            # The dtype of what it dequantizes to: that of the model, and not that of `total`.
+            self.get_base_layer().weight.quant_state.dtype = original.parameter.quant_state.dtype
 
     def unmerge(self) -> None:
         """Put the original base weight back."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.get_base_layer().weight = self._unmerged_weight[0]
-        self._unmerged_weight = ()
+        self._kept.restore()
+        self._kept = None
         self.merged_adapters.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -196,7 +277,7 @@ class TinyLoraLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would cast the shared v, and the factors, to the dtype of the base layer.
-        device = self.get_base_layer().weight.device if device is None else device
+        device = self.stored_tensor().device if device is None else device
         for buffers in (self.tinylora_A, self.tinylora_B, self.tinylora_P):
             if adapter_name in buffers and not buffers[adapter_name].is_meta:
                 buffers[adapter_name] = buffers[adapter_name].to(device)
@@ -204,8 +285,8 @@ class TinyLoraLayer(BaseTunerLayer):
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
         for name in self.tinylora_A.keys():
             self.ensure_basis(name)
-        for parameter in self._unmerged_weight:
-            parameter.data = fn(parameter.data)
+        if self._kept is not None:
+            self._kept.move(fn)
         return super()._apply(fn, recurse)
 
     def _base_alone(self) -> bool:
@@ -220,16 +301,21 @@ class TinyLoraLayer(BaseTunerLayer):
             self.ensure_basis(name)
         return names
 
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
     def __repr__(self) -> str:
         return "tinylora." + super().__repr__()
 
 
 class Linear(TinyLoraLayer, nn.Module):
-    """An adapted `nn.Linear` or transformers `Conv1D`: y = base(x) + B R A x."""
+    """An adapted `nn.Linear`, transformers `Conv1D` or quantized linear layer: y = base(x) + B R A x."""
 
-    def __init__(self, base_layer: nn.Module, vectors: nn.ModuleDict) -> None:
+    def __init__(
+        self, base_layer: nn.Module, vectors: nn.ModuleDict, backend: QuantizationBackend | None = None
+    ) -> None:
         nn.Module.__init__(self)
-        TinyLoraLayer.__init__(self, base_layer, vectors)
+        TinyLoraLayer.__init__(self, base_layer, vectors, backend)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., in) -> (..., out), in the dtype that the base layer returns."""
@@ -249,9 +335,11 @@ class Linear(TinyLoraLayer, nn.Module):
 class Embedding(TinyLoraLayer, nn.Module):
     """An adapted `nn.Embedding`: rows of base + B R A."""
 
-    def __init__(self, base_layer: nn.Module, vectors: nn.ModuleDict) -> None:
+    def __init__(
+        self, base_layer: nn.Module, vectors: nn.ModuleDict, backend: QuantizationBackend | None = None
+    ) -> None:
         nn.Module.__init__(self)
-        TinyLoraLayer.__init__(self, base_layer, vectors)
+        TinyLoraLayer.__init__(self, base_layer, vectors, backend)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Token ids x (...) -> (..., embedding_dim), in the dtype that the base layer returns."""

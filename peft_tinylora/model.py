@@ -6,6 +6,7 @@ registered on that model instead.
 """
 
 import functools
+import math
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -14,20 +15,32 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
+from tqdm import tqdm
 
 from . import checkpoint
 from .basis import Basis, compute_basis
 from .config import TinyLoraConfig, check_peft_fields, conventions_of
 from .errors import AdapterFileError, BasisError
 from .layer import Embedding, Linear, TinyLoraLayer
+from .merging import TOLERATED_LOSS, MergeReport, Survival
 from .projection import draw_projection, seed_of_module
 from .targets import target_names
 from .tying import group_modules, group_modules_by_ratio
 from .vector import new_vector
-from .weight import check_supported, matrix_shape, to_matrix, working_dtype
+from .weight import (
+    check_supported,
+    dense_matrix,
+    dequantize_model,
+    floating_dtype,
+    keep_bitsandbytes_differentiable,
+    matrix_shape,
+    quantization_backend,
+    working_dtype,
+)
 
 
 class ModulePlan(NamedTuple):
@@ -38,6 +51,7 @@ class ModulePlan(NamedTuple):
     basis: Basis | None  # None: to be loaded
     make_basis: Callable[[torch.Tensor], Basis]
     projection: torch.Tensor  # (u, r, r)
+    backend: QuantizationBackend | None  # None: the weight is a floating point one
 
 
 class TinyLoraModel(BaseTuner):
@@ -70,6 +84,8 @@ class TinyLoraModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, torch.Tensor] | None = None,
     ) -> None:
+        self.merge_report: MergeReport | None = None  # of the last merge
+        self._warned_of_loss = False
         self._plans: dict[str, ModulePlan] = {}
         self._awaiting_file: set[str] = set()
         self._outlived_by_model = isinstance(config, PeftConfig)
@@ -98,6 +114,7 @@ class TinyLoraModel(BaseTuner):
         check_peft_fields(config)
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         names = target_names(model, config) if state_dict is None else names_in_state_dict(model, state_dict)
+        keep_bitsandbytes_differentiable(model)
         self._plans = self._plan(model, names, config, adapter_name)
         others = [(v, v.requires_grad) for vectors in self.tinylora_v.values() for v in vectors.values()]
         for layer in (module for module in model.modules() if isinstance(module, TinyLoraLayer)):
@@ -135,7 +152,8 @@ class TinyLoraModel(BaseTuner):
         for index, name in enumerate(names):
             module = model.get_submodule(name)
             layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            check_supported(layer, name)
+            backend = quantization_backend(layer, model)
+            check_supported(layer, name, backend)
             r = bounded_rank(config, layer, name)
             make_basis = functools.partial(
                 compute_basis, r=r, sigma=conventions.sigma, canonical=conventions.from_paper, name=name
@@ -146,8 +164,8 @@ class TinyLoraModel(BaseTuner):
                 by_name = seed_of_module(config.projection_seed, name)
                 seed = by_name if conventions.from_paper else config.projection_seed + index
                 projection = draw_projection(config.u, r, seed)
-                basis = None if read_from_file(config) else make_basis(unmerged_matrix(module))
-            plans[name] = ModulePlan(str(groups[name]), r, basis, make_basis, projection)
+                basis = None if read_from_file(config) else make_basis(unmerged_matrix(module, backend))
+            plans[name] = ModulePlan(str(groups[name]), r, basis, make_basis, projection, backend)
         return plans
 
     def _adapter_with_same_settings(self, adapter_name: str, config: PeftConfig) -> str | None:
@@ -172,17 +190,17 @@ class TinyLoraModel(BaseTuner):
     ) -> None:
         plan = self._plans[current_key]
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        vectors = self.tinylora_v[adapter_name]
-        if plan.group not in vectors:
-            dtype = working_dtype(base_layer.weight.dtype)
-            v = new_vector(config.u, config.init_weights, config.init_v_bound, dtype)
-            vectors[plan.group] = v.to(base_layer.weight.device)
         if isinstance(target, TinyLoraLayer):
             layer = target
         else:
             layer_cls = Embedding if isinstance(base_layer, nn.Embedding) else Linear
-            layer = layer_cls(target, self.tinylora_v)
+            layer = layer_cls(target, self.tinylora_v, plan.backend)
             self._replace_module(parent, target_name, layer, target)
+        vectors = self.tinylora_v[adapter_name]
+        if plan.group not in vectors:
+            stored = layer.stored_tensor()
+            v = new_vector(config.u, config.init_weights, config.init_v_bound, working_dtype(stored.dtype))
+            vectors[plan.group] = v.to(stored.device)
         layer.update_layer(
             adapter_name,
             group=plan.group,
@@ -211,7 +229,113 @@ class TinyLoraModel(BaseTuner):
             group = layer._tinylora_v_key.get(adapter_name)
             if group is not None:
                 v = self.tinylora_v[adapter_name][group]
-                v.data = v.data.to(layer.get_base_layer().weight.dtype)
+                stored = layer.stored_tensor().dtype
+                v.data = v.data.to(stored if stored.is_floating_point else torch.float32)
+
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        stochastic_rounding_seed: int | None = None,
+    ) -> None:
+        """Merge adapters into the base weights, in fp32 and rounded once; `unmerge_adapter` restores them bit for bit.
+
+        `merge_report` says afterwards how much of the update each module kept. Warns, once for each model, if more
+        than a tenth was lost.
+
+        Args:
+            adapter_names (`list[str]`, *optional*): which to merge, defaults to the active ones.
+            safe_merge (`bool`, *optional*, defaults to `False`): refuse where a result is not finite.
+            stochastic_rounding_seed (`int`, *optional*): round bf16 weights up or down at random, such that the mean is
+                exact, with this seed. Without it, to nearest.
+
+        Raises:
+            MergeError: before anything was changed, if a quantized weight cannot be written.
+            ValueError: with `safe_merge`, if a merged weight holds NaN or Inf; nothing stays merged.
+        """
+        self._check_merge_allowed()
+        self._merge(adapter_names, safe_merge, stochastic_rounding_seed)
+
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize: bool = False,
+        stochastic_rounding_seed: int | None = None,
+    ) -> nn.Module:
+        """The base model with the adapters merged into its weights; see [`merge_adapter`], also for what is raised.
+
+        Args:
+            progressbar (`bool`, *optional*, defaults to `False`): whether to show one.
+            safe_merge (`bool`, *optional*, defaults to `False`): refuse where a result is not finite.
+            adapter_names (`list[str]`, *optional*): which to merge, defaults to the active ones.
+            dequantize (`bool`, *optional*, defaults to `False`): whether to turn every quantized linear layer of the
+                model, adapted or not, into an `nn.Linear` of the model's dtype, so that the update is not quantized.
+            stochastic_rounding_seed (`int`, *optional*): as in [`merge_adapter`].
+
+        Returns:
+            `nn.Module`: the base model, changed in place.
+        """
+        self._check_merge_allowed()
+        dtype = floating_dtype(self.model) if dequantize else None
+        self._merge(adapter_names, safe_merge, stochastic_rounding_seed, dtype, progressbar)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")
+            model = self._unload_and_optionally_merge(adapter_names=adapter_names)
+        if dtype is not None:
+            dequantize_model(model, dtype)
+        return model
+
+    def _merge(
+        self,
+        adapter_names: list[str] | None,
+        safe_merge: bool,
+        stochastic_rounding_seed: int | None,
+        dequantize_to: torch.dtype | None = None,
+        progressbar: bool = False,
+    ) -> None:
+        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, TinyLoraLayer)}
+        for name, layer in layers.items():
+            layer.check_mergeable(name, dequantize_to is not None, stochastic_rounding_seed is not None)
+        report = MergeReport()
+        touched = []
+        try:
+            for name, layer in tqdm(layers.items(), desc="Merging", disable=not progressbar):
+                before = len(layer.merged_adapters)
+                generator = None
+                if stochastic_rounding_seed is not None:
+                    generator = torch.Generator().manual_seed(seed_of_module(stochastic_rounding_seed, name))
+                with onload_layer(layer):
+                    layer.merge(safe_merge, adapter_names, dequantize_to, generator)
+                if len(layer.merged_adapters) > before:
+                    touched.append(layer)
+                    report[name] = layer.survival
+        except Exception:
+            for layer in touched:
+                layer.unmerge()
+            raise
+        if report:
+            self.merge_report = report
+            self._warn_of_loss(report.total)
+
+    def _warn_of_loss(self, total: Survival) -> None:
+        # TRL merges and unmerges at every step that it sends to vLLM: once is enough.
+        if self._warned_of_loss or total.relative_error <= TOLERATED_LOSS:
+            return
+        self._warned_of_loss = True
+        if not math.isfinite(total.relative_error):
+            warnings.warn("Merging gave NaN or Inf: unmerge, and check the adapter.", stacklevel=4)
+            return
+        quantized = any(
+            layer.quantization_backend for layer in self.model.modules() if isinstance(layer, TinyLoraLayer)
+        )
+        remedy = "use merge_and_unload(dequantize=True)" if quantized else "load the base model in float32 to merge"
+        warnings.warn(
+            f"Merging lost {min(total.relative_error, 9.99):.0%} of the update to rounding (cosine with the exact one "
+            f"{total.cosine:.2f}; `merge_report` has every module). Keep the adapter unmerged, or {remedy}.",
+            stacklevel=4,
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its vectors; see `BaseTuner.delete_adapter`."""
@@ -272,12 +396,12 @@ def read_from_file(config: PeftConfig) -> bool:
     return isinstance(config, TinyLoraConfig) and config._from_file
 
 
-def unmerged_matrix(module: nn.Module) -> torch.Tensor:
+def unmerged_matrix(module: nn.Module, backend: QuantizationBackend | None) -> torch.Tensor:
     """W (out, in) of a module, adapted already or not, in fp32 or better."""
     if isinstance(module, TinyLoraLayer):
         return module.unmerged_matrix()
     layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return to_matrix(layer.weight.detach(), layer)
+    return dense_matrix(layer, backend)
 
 
 def names_in_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> list[str]:

@@ -1,18 +1,126 @@
-"""A base layer -> its dense weight W, of shape (out, in), in fp32 or better.
+"""A base layer, quantized or not -> its dense weight W, of shape (out, in), in fp32 or better.
 
 Entry of the data's way: weight -> basis -> v -> delta. Every later step sees W in this one orientation and precision,
 whatever the layer stores: `nn.Linear` keeps (out, in), transformers' `Conv1D` keeps (in, out), `nn.Embedding` keeps
-(num_embeddings, embedding_dim), of which the rows are looked up rather than multiplied.
+(num_embeddings, embedding_dim), of which the rows are looked up rather than multiplied, and a quantized layer keeps
+packed integers that PEFT's quantization backends read.
+
+The one trap: on CPUs with AVX512-BF16, bitsandbytes rewrites a 4-bit weight at the first evaluation forward, and from
+then on no gradient flows through the layer, without an error; see [`keep_bitsandbytes_differentiable`].
 """
 
+from itertools import chain
+
+import peft
 import torch
+from packaging.version import Version
+from peft.utils.quantization_utils import QuantizationBackend, get_quantization_kwargs, resolve_quantization_backend
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModuleError
 
 
-SUPPORTED_LAYERS = (nn.Linear, Conv1D, nn.Embedding)
+PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Embedding)
+FLOATING_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# The part of an identity matrix that a layer without a dequantization of its own is asked at once.
+IDENTITY_ROWS = 1024
+
+
+def quantization_backend(layer: nn.Module, model: nn.Module) -> QuantizationBackend | None:
+    """PEFT's backend for a quantized layer.
+
+    Args:
+        layer (`nn.Module`): the base layer.
+        model (`nn.Module`): the model that it is in, whose `hf_quantizer` says how torchao quantized it.
+
+    Returns:
+        `QuantizationBackend`, or `None` for a layer that is not quantized.
+    """
+    # Asking PEFT about a plain layer would import every quantization library there is.
+    if isinstance(layer, PLAIN_LAYERS) and type(layer.weight) in (nn.Parameter, torch.Tensor):
+        return None
+    arguments = get_quantization_kwargs(model)
+    backend = resolve_quantization_backend(layer, **{"get_apply_tensor_subclass": _no_torchao_config, **arguments})
+    if not arguments and backend is not None and backend.backend_name == "torchao":
+        backend.supports_merge = False
+    return backend
+
+
+def _no_torchao_config() -> None:
+    raise UnsupportedModuleError(
+        "torchao's config is not known, for the model was not loaded with transformers' TorchAoConfig: its weights "
+        "cannot be quantized again. Leave the adapter unmerged, or use merge_and_unload(dequantize=True)."
+    )
+
+
+def check_supported(layer: nn.Module, name: str, backend: QuantizationBackend | None) -> None:
+    """Raise unless `layer` has a weight that a basis can be taken from.
+
+    Args:
+        layer (`nn.Module`): the base layer, not wrapped by a tuner.
+        name (`str`): its name in the model, for the message.
+        backend (`QuantizationBackend`, *optional*): what reads it, if it is quantized.
+
+    Raises:
+        UnsupportedModuleError: for another type of layer, or for a weight that is not a floating point matrix and that
+            no backend reads.
+    """
+    if backend is not None:
+        _check_bitsandbytes_reads(layer, name, backend)
+        return
+    if not isinstance(layer, PLAIN_LAYERS):
+        raise UnsupportedModuleError(
+            f"Target module {name!r} ({type(layer).__name__}) is not supported. Currently, only the following modules "
+            "are supported: `torch.nn.Linear`, `torch.nn.Embedding`, `transformers.pytorch_utils.Conv1D`, and the "
+            f"quantized linear layers that PEFT {peft.__version__} knows. Take it out of `target_modules` or name it "
+            "in `exclude_modules`."
+        )
+    check_floating(layer.weight, name)
+
+
+def check_floating(weight: torch.Tensor, name: str) -> None:
+    """Raise [`UnsupportedModuleError`] for a dtype that a basis cannot be taken from; names the module."""
+    if weight.dtype not in FLOATING_DTYPES:
+        raise UnsupportedModuleError(
+            f"Target module {name!r} stores its weight as {weight.dtype}, of which no singular vectors can be taken: "
+            "load the base model in bfloat16, or quantize it with bitsandbytes (load_in_4bit) or another backend that "
+            "PEFT knows."
+        )
+
+
+def _check_bitsandbytes_reads(layer: nn.Module, name: str, backend: QuantizationBackend) -> None:
+    if backend.backend_name != "bnb 4bit" or layer.weight.device.type != "cpu":
+        return
+    import bitsandbytes
+
+    state = layer.weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        raise UnsupportedModuleError(
+            f"Target module {name!r}: bitsandbytes has packed this 4-bit weight for inference on this CPU (its first "
+            "forward in evaluation mode does), and gradients no longer pass it. Load the base model anew and add the "
+            "adapter before the first forward."
+        )
+    # Measured on x86 with 0.49.0 to 0.50.2; 0.48.2 is right. Remove when a release reads such rows.
+    if Version(bitsandbytes.__version__) >= Version("0.49") and layer.in_features % state.blocksize:
+        raise UnsupportedModuleError(
+            f"Target module {name!r}: on a CPU, bitsandbytes {bitsandbytes.__version__} misreads 4-bit weights whose "
+            f"rows ({layer.in_features}) are no multiple of its block size ({state.blocksize}). Use bitsandbytes "
+            "0.48.2, a GPU, load_in_8bit, or a base model with other shapes."
+        )
+
+
+def keep_bitsandbytes_differentiable(model: nn.Module) -> None:
+    """Switch off what breaks training on a 4-bit base on CPUs with AVX512-BF16 (bitsandbytes 0.49 to 0.50.2).
+
+    There, the first forward in evaluation mode packs the weight, rounds its scales to bf16 for good, and leaves an
+    operator without a gradient: the generation of the first GRPO step would cut off every layer below.
+    """
+    for module in model.modules():
+        # By name, so that a model without 4-bit layers does not import bitsandbytes.
+        if type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def stores_transposed(layer: nn.Module) -> bool:
@@ -20,38 +128,52 @@ def stores_transposed(layer: nn.Module) -> bool:
     return isinstance(layer, Conv1D)
 
 
-def check_supported(layer: nn.Module, name: str) -> None:
-    """Raise unless `layer` has a weight that a basis can be taken from.
-
-    Args:
-        layer (`nn.Module`): the base layer, not wrapped by a tuner.
-        name (`str`): its name in the model, for the message.
-
-    Raises:
-        UnsupportedModuleError: for another type of layer, or for a weight that is not a floating point matrix.
-    """
-    if not isinstance(layer, SUPPORTED_LAYERS):
-        raise UnsupportedModuleError(
-            f"Target module {name!r} ({type(layer).__name__}) is not supported. Currently, only the following modules "
-            "are supported: `torch.nn.Linear`, `torch.nn.Embedding`, `transformers.pytorch_utils.Conv1D`. Take it out "
-            "of `target_modules` or name it in `exclude_modules`."
-        )
-    if not layer.weight.dtype.is_floating_point:
-        raise UnsupportedModuleError(
-            f"Target module {name!r} stores its weight as {layer.weight.dtype}: quantized bases are not supported by "
-            "this version. Load the base model in float32, bfloat16 or float16."
-        )
-
-
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
     """fp32 for every storage dtype, except that float64 stays float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def stored_tensor(layer: nn.Module) -> torch.Tensor:
+    """A tensor on the device of `layer`: its weight, or what a quantized layer keeps in its place."""
+    if isinstance(layer, PLAIN_LAYERS):
+        return layer.weight
+    return next(chain(layer.parameters(), layer.buffers()))
+
+
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """Shape (out, in) of the dense weight W of a supported layer."""
+    if isinstance(layer, nn.Linear) or not isinstance(layer, PLAIN_LAYERS):
+        return layer.out_features, layer.in_features  # a quantized weight has another shape
     rows, columns = layer.weight.shape
     return (columns, rows) if stores_transposed(layer) else (rows, columns)
+
+
+def dense_matrix(layer: nn.Module, backend: QuantizationBackend | None) -> torch.Tensor:
+    """The weight W (out, in) that `layer` multiplies by, in [`working_dtype`].
+
+    Args:
+        layer (`nn.Module`): a supported base layer.
+        backend (`QuantizationBackend`, *optional*): what reads it, if it is quantized.
+    """
+    if backend is None:
+        return to_matrix(layer.weight.detach(), layer)
+    if backend.supports_merge or backend.backend_name == "torchao":
+        return backend.get_base_weight(layer).detach().to(torch.float32)
+    return _by_identity(layer)
+
+
+@torch.no_grad()
+def _by_identity(layer: nn.Module) -> torch.Tensor:
+    """W of a layer that only computes: what it makes of the identity matrix, in the precision that it computes in."""
+    device = stored_tensor(layer).device
+    blocks = []
+    for start in range(0, layer.in_features, IDENTITY_ROWS):
+        count = min(IDENTITY_ROWS, layer.in_features - start)
+        rows = torch.zeros(count, layer.in_features, dtype=torch.float16, device=device)
+        rows[:, start : start + count].fill_diagonal_(1)
+        blocks.append(layer(rows).float())
+    W = torch.cat(blocks).T
+    return W if layer.bias is None else W - layer.bias.float()[:, None]
 
 
 def to_matrix(stored: torch.Tensor, layer: nn.Module) -> torch.Tensor:
@@ -63,3 +185,33 @@ def to_matrix(stored: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 def to_stored(matrix: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     """A matrix (out, in) -> the orientation that `layer` stores. Keeps the dtype."""
     return matrix.T if stores_transposed(layer) else matrix
+
+
+def floating_linear(layer: nn.Module, W: torch.Tensor) -> nn.Linear:
+    """An `nn.Linear` that multiplies by `W` (out, in), with the bias of a quantized linear layer."""
+    out_features, in_features = W.shape
+    linear = nn.Linear(in_features, out_features, bias=layer.bias is not None, device="meta")
+    linear.weight = nn.Parameter(W, requires_grad=False)
+    if layer.bias is not None:
+        linear.bias = nn.Parameter(layer.bias.detach().to(W.dtype), requires_grad=False)
+    return linear.train(layer.training)
+
+
+def floating_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that `model` computes in; float32 for a module that is not transformers'."""
+    return model.dtype if isinstance(model, PreTrainedModel) else torch.float32
+
+
+def dequantize_model(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every quantized linear layer of `model` in place by an `nn.Linear` of the weights that it multiplied by.
+
+    Args:
+        model (`nn.Module`): without adapters. A transformers model is no longer marked as quantized afterwards.
+        dtype (`torch.dtype`): of the new weights, rounded once from fp32.
+    """
+    for name, module in list(model.named_modules()):
+        backend = quantization_backend(module, model) if hasattr(module, "bias") else None
+        if backend is not None:
+            model.set_submodule(name, floating_linear(module, dense_matrix(module, backend).to(dtype)))
+    if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
