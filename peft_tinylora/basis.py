@@ -27,7 +27,8 @@ def compute_basis(W: torch.Tensor, r: int, sigma: str, canonical: bool = True, n
     """The leading `r` singular triplets of `W`, as factors.
 
     Args:
-        W (`torch.Tensor`): shape (out, in), float32 or float64, on any device. Meta in, meta out.
+        W (`torch.Tensor`): shape (out, in), float32 or float64, on any device. Meta in, meta out. Or (experts, out, in):
+            each expert's matrix gets a basis of its own.
         r (`int`): number of triplets, at most min(out, in).
         sigma (`str`): `"left"` or `"split"`, where the singular values go (see the module's docstring).
         canonical (`bool`, *optional*, defaults to `True`): choose signs by [`canonical_signs`]. `False` keeps LAPACK's,
@@ -35,11 +36,14 @@ def compute_basis(W: torch.Tensor, r: int, sigma: str, canonical: bool = True, n
         name (`str`, *optional*): the module's name, for messages.
 
     Returns:
-        [`Basis`], contiguous, in the dtype and on the device of `W`.
+        [`Basis`], contiguous, in the dtype and on the device of `W`; of experts, stacked along a first dimension.
 
     Raises:
         BasisError: if W holds NaN or Inf, or has fewer than `r` rows or columns.
     """
+    if W.ndim == 3:
+        bases = [compute_basis(matrix, r, sigma, canonical, f"{name}, expert {i}") for i, matrix in enumerate(W)]
+        return Basis(*map(torch.stack, zip(*bases, strict=True)))
     if r > min(W.shape):
         raise BasisError(
             f"r={r} is larger than the smallest side of the weight of module {name!r}, shape {tuple(W.shape)}. Use "
@@ -83,13 +87,15 @@ def residual(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> float:
     about 1e-6 is fp32 rounding, 3e-3 is factors rounded to bf16, and of the order of 1 is another weight.
 
     Args:
-        W (`torch.Tensor`): shape (out, in).
-        A (`torch.Tensor`): shape (r, in).
-        B (`torch.Tensor`): shape (out, r).
+        W (`torch.Tensor`): shape (out, in), or (experts, out, in).
+        A (`torch.Tensor`): shape (r, in), or (experts, r, in).
+        B (`torch.Tensor`): shape (out, r), or (experts, out, r).
 
     Returns:
-        `float`: 1.0 for factors that are all zero of a weight that is not.
+        `float`: 1.0 for factors that are all zero of a weight that is not; the largest of all experts.
     """
+    if W.ndim == 3:
+        return max(map(residual, W, A, B))
     A, B = A.to(W), B.to(W)
     lengths = A.norm(dim=1)
     US = B * lengths

@@ -1,7 +1,7 @@
 """TinyLoraConfig: PEFT's own, plus how modules share v and where the singular values go.
 
 A config that names PEFT's fields only means what it means in PEFT. Naming any of this package's fields (`tie`, `n_tie`,
-`sigma`, `exclude_modules`) chooses this package's conventions: sigma on the left as in the paper, projections seeded
+`sigma`, `exclude_modules`, `target_parameters`) chooses this package's conventions: sigma on the left as in the paper, projections seeded
 by module name, canonical signs.
 """
 
@@ -17,6 +17,16 @@ from .errors import ConfigError
 
 TIES = ("none", "full", "tiled", "structured")
 SIGMAS = ("left", "split")
+
+OWN_FIELDS = (
+    "tie",
+    "n_tie",
+    "sigma",
+    "exclude_modules",
+    "target_parameters",
+    "trainable_token_indices",
+    "peft_tinylora_version",
+)
 
 # Written as `weight_tying` into the file of a config that stock PEFT cannot follow. Stock PEFT drops the fields that it
 # does not know with a warning and would go on with another tying; this value it refuses.
@@ -62,6 +72,10 @@ class TinyLoraConfig(peft.TinyLoraConfig):
             only fields of PEFT are named and to "left" otherwise. The two need learning rates of their own.
         exclude_modules (`list[str]` or `str`, *optional*):
             Names, or a regular expression over names, of modules not to adapt, as in `LoraConfig`.
+        target_parameters (`list[str]`, *optional*):
+            Names, or ends of names, of parameters to adapt where they are not the weight of a linear layer: the fused
+            experts of a mixture of experts, such as `mlp.experts.gate_up_proj`. As in `LoraConfig`. Each expert's
+            matrix gets a basis of its own, and counts as a module in `tie`, named like `mlp.experts.0.gate_up_proj`.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Tokens whose embeddings are trained too, as in `LoraConfig`.
         peft_tinylora_version (`str`, *optional*):
@@ -89,6 +103,9 @@ class TinyLoraConfig(peft.TinyLoraConfig):
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names, or a regular expression over names, of modules not to adapt."}
     )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Names, or ends of names, of parameters to adapt, such as fused experts."}
+    )
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained too."}
     )
@@ -111,14 +128,16 @@ class TinyLoraConfig(peft.TinyLoraConfig):
     @property
     def uses_paper_conventions(self) -> bool:
         """Whether a field of this package is named, rather than PEFT's only."""
-        return any(value is not None for value in (self.tie, self.n_tie, self.sigma, self.exclude_modules))
+        own = (self.tie, self.n_tie, self.sigma, self.exclude_modules, self.target_parameters)
+        return any(value is not None for value in own)
 
     def _fill_paper_conventions(self) -> None:
         if self.tie is None:
             self.tie = {0.0: "none", 1.0: "full"}.get(self.weight_tying)
             if self.tie is None:
                 raise ConfigError(
-                    f"weight_tying={self.weight_tying} cannot be combined with `n_tie`, `sigma` or `exclude_modules`: "
+                    f"weight_tying={self.weight_tying} cannot be combined with `n_tie`, `sigma`, `exclude_modules` or "
+                    "`target_parameters`: "
                     "say how modules share a v with `tie` and `n_tie` instead."
                 )
         elif self.weight_tying != 0.0:
@@ -144,7 +163,7 @@ class TinyLoraConfig(peft.TinyLoraConfig):
         if self.uses_paper_conventions:
             output["weight_tying"] = REFUSED_BY_STOCK_PEFT
             output["peft_tinylora_version"] = __version__
-        for name in ("tie", "n_tie", "sigma", "exclude_modules", "trainable_token_indices", "peft_tinylora_version"):
+        for name in OWN_FIELDS:
             if output[name] is None:
                 del output[name]
         return output

@@ -2,6 +2,7 @@
 
 Shapes, here and in every caller: v (u,), P (u, r, r), R (r, r), A (r, in), B (out, r).
     R = sum_i v_i P_i            delta W = B R A            (paper, section 4)
+The matrices of fused experts have one more dimension in front.
 """
 
 import torch
@@ -11,6 +12,11 @@ import torch.nn.functional as F
 def mix(v: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
     """R = sum_i v_i P_i, of shape (r, r), in the dtype and on the device of P; differentiable in v."""
     return (v.to(P) @ P.flatten(1)).view(P.shape[1:])
+
+
+def mix_each(V: torch.Tensor, P: torch.Tensor) -> torch.Tensor:
+    """R of each expert, from V (experts, u) and P (experts, u, r, r): shape (experts, r, r)."""
+    return torch.einsum("eu,eurs->ers", V.to(P), P)
 
 
 def multiply(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, R: torch.Tensor) -> torch.Tensor:

@@ -39,20 +39,21 @@ class TinyLoraLayer(BaseTunerLayer):
 
     adapter_layer_names = ("tinylora_v",)
     other_param_names = ("tinylora_A", "tinylora_B", "tinylora_P")
+    parameter_name = "weight"  # what of the base layer is adapted
 
     def __init__(
         self, base_layer: nn.Module, vectors: nn.ModuleDict, backend: QuantizationBackend | None = None
     ) -> None:
         self.base_layer = base_layer
         self.quantization_backend = backend
-        self.in_features, self.out_features = reversed(self.matrix_shape())
+        self.out_features, self.in_features = self.matrix_shape()[-2:]
         self.tinylora_A = BufferDict({}, persistent=True)  # each (r, in)
         self.tinylora_B = BufferDict({}, persistent=True)  # each (out, r)
         self.tinylora_P = BufferDict({}, persistent=True)  # each (u, r, r)
         self.tinylora_dropout = nn.ModuleDict({})
         self.r: dict[str, int] = {}
         self.u: dict[str, int] = {}
-        self._tinylora_v_key: dict[str, str] = {}
+        self._tinylora_v_key: dict[str, tuple[str, ...]] = {}  # the groups
         self._basis_makers: dict[str, Callable[[torch.Tensor], Basis]] = {}
         self._shared_vectors = (vectors,)  # in a tuple, or nn.Module would register it here
         self._kept: KeptBase | None = None  # the original while merged
@@ -70,7 +71,7 @@ class TinyLoraLayer(BaseTunerLayer):
         self,
         adapter_name: str,
         *,
-        group: str,
+        groups: tuple[str, ...],
         basis: Basis | None,
         make_basis: Callable[[torch.Tensor], Basis],
         r: int,
@@ -81,18 +82,19 @@ class TinyLoraLayer(BaseTunerLayer):
 
         Args:
             adapter_name (`str`): its name.
-            group (`str`): which v of the adapter this layer reads.
+            groups (`tuple[str, ...]`): which v of the adapter this layer reads; of experts, one each.
             basis ([`Basis`], *optional*): the factors; `None` leaves room for those that are about to be loaded.
             make_basis (`Callable`): W (out, in) -> [`Basis`], for when they are not loaded after all.
             r (`int`): rank of the basis.
-            projection (`torch.Tensor`): P, shape (u, r, r).
+            projection (`torch.Tensor`): P, shape (u, r, r), or (experts, u, r, r).
             dropout (`float`): probability, applied to the input of the update.
         """
         weight = self.stored_tensor()
         dtype = working_dtype(weight.dtype)
         if basis is None:
-            A = torch.empty(r, self.in_features, dtype=dtype, device="meta")
-            B = torch.empty(self.out_features, r, dtype=dtype, device="meta")
+            *experts, out_features, in_features = self.matrix_shape()
+            A = torch.empty(*experts, r, in_features, dtype=dtype, device="meta")
+            B = torch.empty(*experts, out_features, r, dtype=dtype, device="meta")
         else:
             A, B = basis.A, basis.B
         self.tinylora_A[adapter_name] = A
@@ -101,8 +103,8 @@ class TinyLoraLayer(BaseTunerLayer):
         self.tinylora_P[adapter_name] = projection.to("cpu" if weight.is_meta else weight.device, dtype)
         self.tinylora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
         self.r[adapter_name] = r
-        self.u[adapter_name] = projection.shape[0]
-        self._tinylora_v_key[adapter_name] = group
+        self.u[adapter_name] = projection.shape[-3]
+        self._tinylora_v_key[adapter_name] = groups
         self._basis_makers[adapter_name] = make_basis
 
     def ensure_basis(self, adapter_name: str) -> None:
@@ -141,9 +143,17 @@ class TinyLoraLayer(BaseTunerLayer):
         merged.restore()
         return W
 
+    def to_stored(self, matrix: torch.Tensor) -> torch.Tensor:
+        """A matrix (out, in) in the orientation that the base layer stores."""
+        return to_stored(matrix, self.get_base_layer())
+
+    def vectors(self, adapter_name: str) -> list[nn.Parameter]:
+        """The v that this layer reads for an adapter: one, or one for each expert."""
+        return [self.tinylora_v[adapter_name][group] for group in self._tinylora_v_key[adapter_name]]
+
     def mixing_matrix(self, adapter_name: str) -> torch.Tensor:
         """R (r, r) of an adapter, differentiable in v."""
-        v = self.tinylora_v[adapter_name][self._tinylora_v_key[adapter_name]]
+        [v] = self.vectors(adapter_name)
         return delta.mix(v, self.tinylora_P[adapter_name])
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
@@ -152,7 +162,7 @@ class TinyLoraLayer(BaseTunerLayer):
         update = delta.dense(
             self.tinylora_A[adapter_name], self.tinylora_B[adapter_name], self.mixing_matrix(adapter_name)
         )
-        return to_stored(update, self.get_base_layer())
+        return self.to_stored(update)
 
     def check_mergeable(self, name: str, dequantize: bool, stochastic: bool) -> None:
         """Raise if merging cannot be done as asked, before anything is changed.
@@ -206,7 +216,7 @@ class TinyLoraLayer(BaseTunerLayer):
         before = KeptBase(self)
         original = self._kept or before
         original.restore()
-        base = to_stored(self.dense_matrix(), self.get_base_layer())
+        base = self.to_stored(self.dense_matrix())
         total = base + update
         if safe_merge and not torch.isfinite(total).all():
             before.restore()
@@ -219,13 +229,13 @@ class TinyLoraLayer(BaseTunerLayer):
             self.quantization_backend = None
         else:
             self._quantize_again(total, original)
-        self.survival = survival(update, to_stored(self.dense_matrix(), self.get_base_layer()) - base)
+        self.survival = survival(update, self.to_stored(self.dense_matrix()) - base)
         self._kept = original
         self.merged_adapters.extend(names)
 
     def _replace_weight(self, weight: nn.Parameter) -> None:
         # A new parameter, not new data in the old one, which a tied layer such as lm_head may hold as well.
-        self.get_base_layer().weight = weight
+        setattr(self.get_base_layer(), self.parameter_name, weight)
 
     def _quantize_again(self, total: torch.Tensor, original: KeptBase) -> None:
         backend = self.quantization_backend
@@ -263,8 +273,9 @@ class TinyLoraLayer(BaseTunerLayer):
 
     def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
         """As `nn.Module.requires_grad_`, for the vectors that this layer reads too: transformers freezes layer by layer."""
-        for adapter_name, group in self._tinylora_v_key.items():
-            self.tinylora_v[adapter_name][group].requires_grad_(requires_grad)
+        for adapter_name in self._tinylora_v_key:
+            for v in self.vectors(adapter_name):
+                v.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

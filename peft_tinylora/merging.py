@@ -109,17 +109,16 @@ class KeptBase:
     """References to all that merging replaces in a base layer, so that unmerging is exact.
 
     Args:
-        tuner_layer (`BaseTunerLayer`): the layer that merges; hqq's backend replaces its whole base layer.
-        parameter_name (`str`, *optional*, defaults to `"weight"`): which parameter is merged into.
+        tuner_layer (`TinyLoraLayer`): the layer that merges; hqq's backend replaces its whole base layer.
     """
 
-    def __init__(self, tuner_layer: BaseTunerLayer, parameter_name: str = "weight") -> None:
+    def __init__(self, tuner_layer: BaseTunerLayer) -> None:
         self._tuner_layer = tuner_layer
         self._inner = tuner_layer.base_layer
         self._base_layer = tuner_layer.get_base_layer()
         self._backend = tuner_layer.quantization_backend
-        self._parameter_name = parameter_name
-        self.parameter: nn.Parameter | None = self._base_layer._parameters.get(parameter_name)
+        # None where the weight is no parameter, as in HQQLinear.
+        self.parameter: nn.Parameter | None = self._base_layer._parameters.get(tuner_layer.parameter_name)
         # bitsandbytes keeps scales beside the weight: on the parameter, on a 4-bit layer, in an 8-bit layer's state.
         layer_attributes = vars(self._base_layer)
         self._attributes: list[tuple[Any, dict[str, Any]]] = [
@@ -144,7 +143,7 @@ class KeptBase:
         for owner, attributes in self._attributes:
             vars(owner).update(attributes)
         if self.parameter is not None:
-            setattr(self._base_layer, self._parameter_name, self.parameter)
+            setattr(self._base_layer, self._tuner_layer.parameter_name, self.parameter)
 
     def move(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Apply what is applied to the model's parameters (a move, a cast) to the kept one.

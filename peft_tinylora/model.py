@@ -24,33 +24,37 @@ from tqdm import tqdm
 from . import checkpoint
 from .basis import Basis, compute_basis
 from .config import TinyLoraConfig, check_peft_fields, conventions_of
-from .errors import AdapterFileError, BasisError
+from .errors import AdapterFileError, BasisError, ConfigError
+from .experts import ParamWrapper
 from .layer import Embedding, Linear, TinyLoraLayer
 from .merging import TOLERATED_LOSS, MergeReport, Survival
 from .projection import draw_projection, seed_of_module
-from .targets import target_names
+from .targets import Target, expand_all_linear, find_targets
 from .tying import group_modules, group_modules_by_ratio
 from .vector import new_vector
 from .weight import (
+    check_parameter,
     check_supported,
     dense_matrix,
     dequantize_model,
     floating_dtype,
     keep_bitsandbytes_differentiable,
     matrix_shape,
+    parameter_matrix,
+    parameter_shape,
     quantization_backend,
     working_dtype,
 )
 
 
 class ModulePlan(NamedTuple):
-    """What one target module gets, settled before any module is replaced."""
+    """What one target, a module or a parameter, gets: settled before any module is replaced."""
 
-    group: str
+    groups: tuple[str, ...]  # one, or one for each expert
     r: int
     basis: Basis | None  # None: to be loaded
     make_basis: Callable[[torch.Tensor], Basis]
-    projection: torch.Tensor  # (u, r, r)
+    projection: torch.Tensor  # (u, r, r), or (experts, u, r, r)
     backend: QuantizationBackend | None  # None: the weight is a floating point one
 
 
@@ -91,6 +95,23 @@ class TinyLoraModel(BaseTuner):
         self._outlived_by_model = isinstance(config, PeftConfig)
         super().__init__(model, config, adapter_name, low_cpu_mem_usage, state_dict)
 
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict) -> PeftConfig:
+        if peft_config.target_modules is None and getattr(peft_config, "target_parameters", None):
+            if model_config["model_type"] not in self.target_module_mapping:
+                return peft_config  # parameters only; a known type of model gets its default modules too, as with LoRA
+        return super()._prepare_adapter_config(peft_config, model_config)
+
+    def _check_new_adapter_config(self, config: PeftConfig) -> None:
+        super()._check_new_adapter_config(config)
+        wanted = set(getattr(config, "target_parameters", None) or ())
+        for name, other in self.peft_config.items():
+            present = set(getattr(other, "target_parameters", None) or ())
+            if present and wanted and present != wanted:
+                raise ConfigError(
+                    f"target_parameters={sorted(wanted)}: adapter {name!r} has {sorted(present)}, and all adapters of "
+                    "a model must name the same, or none, because their wrappers are nested."
+                )
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         wrapped = next((module for module in model.modules() if isinstance(module, TinyLoraLayer)), None)
         if not self._outlived_by_model:
@@ -113,9 +134,10 @@ class TinyLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         check_peft_fields(config)
         config = self._prepare_adapter_config(config, self.get_model_config(model))
-        names = target_names(model, config) if state_dict is None else names_in_state_dict(model, state_dict)
+        targets = find_targets(model, config) if state_dict is None else targets_in_state_dict(model, state_dict)
         keep_bitsandbytes_differentiable(model)
-        self._plans = self._plan(model, names, config, adapter_name)
+        self._plans = self._plan(model, targets, config, adapter_name)
+        expand_all_linear(config, model)
         others = [(v, v.requires_grad) for vectors in self.tinylora_v.values() for v in vectors.values()]
         for layer in (module for module in model.modules() if isinstance(module, TinyLoraLayer)):
             layer.forget(adapter_name)  # of an earlier PeftModel around the same base
@@ -136,10 +158,11 @@ class TinyLoraModel(BaseTuner):
             v.requires_grad = requires_grad
 
     def _plan(
-        self, model: nn.Module, names: list[str], config: PeftConfig, adapter_name: str
+        self, model: nn.Module, targets: list[Target], config: PeftConfig, adapter_name: str
     ) -> dict[str, ModulePlan]:
-        """Everything that can fail, for every module, before the first one is replaced."""
+        """Everything that can fail, for every target, before the first module is replaced."""
         conventions = conventions_of(config)
+        names = [name for target in targets for name in target.names]
         if conventions.from_paper:
             groups = group_modules(names, conventions.tie, conventions.n_tie)
         else:
@@ -149,23 +172,22 @@ class TinyLoraModel(BaseTuner):
 
         twin = self._adapter_with_same_settings(adapter_name, config)
         plans = {}
-        for index, name in enumerate(names):
-            module = model.get_submodule(name)
-            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            backend = quantization_backend(layer, model)
-            check_supported(layer, name, backend)
-            r = bounded_rank(config, layer, name)
+        for index, (key, own_names, parameter_name) in enumerate(targets):
+            weight = TargetWeight(model, key, parameter_name)
+            r = bounded_rank(config, weight.shape, key)
             make_basis = functools.partial(
-                compute_basis, r=r, sigma=conventions.sigma, canonical=conventions.from_paper, name=name
+                compute_basis, r=r, sigma=conventions.sigma, canonical=conventions.from_paper, name=key
             )
-            if twin is not None and isinstance(module, TinyLoraLayer) and twin in module.tinylora_A:
-                basis, projection = module.copy_of_factors(twin)
+            if twin is not None and weight.adapted is not None and twin in weight.adapted.tinylora_A:
+                basis, projection = weight.adapted.copy_of_factors(twin)
             else:
-                by_name = seed_of_module(config.projection_seed, name)
-                seed = by_name if conventions.from_paper else config.projection_seed + index
-                projection = draw_projection(config.u, r, seed)
-                basis = None if read_from_file(config) else make_basis(unmerged_matrix(module, backend))
-            plans[name] = ModulePlan(str(groups[name]), r, basis, make_basis, projection, backend)
+                by_name = [seed_of_module(config.projection_seed, name) for name in own_names]
+                seeds = by_name if conventions.from_paper else [config.projection_seed + index]
+                draws = torch.stack([draw_projection(config.u, r, seed) for seed in seeds])
+                projection = draws if len(weight.shape) == 3 else draws[0]
+                basis = None if read_from_file(config) else make_basis(weight.unmerged_matrix())
+            own_groups = tuple(str(groups[name]) for name in own_names)
+            plans[key] = ModulePlan(own_groups, r, basis, make_basis, projection, weight.backend)
         return plans
 
     def _adapter_with_same_settings(self, adapter_name: str, config: PeftConfig) -> str | None:
@@ -186,24 +208,31 @@ class TinyLoraModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
+        parameter_name: str | None = None,
         **kwargs: Any,
     ) -> None:
         plan = self._plans[current_key]
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(target, TinyLoraLayer):
+        if parameter_name is not None:
+            layer = wrapper_of_parameter(target, parameter_name)
+            if layer is None:
+                layer = ParamWrapper(target, self.tinylora_v, parameter_name)
+                self._replace_module(parent, target_name, layer, target)
+        elif isinstance(target, TinyLoraLayer):
             layer = target
         else:
             layer_cls = Embedding if isinstance(base_layer, nn.Embedding) else Linear
             layer = layer_cls(target, self.tinylora_v, plan.backend)
             self._replace_module(parent, target_name, layer, target)
         vectors = self.tinylora_v[adapter_name]
-        if plan.group not in vectors:
-            stored = layer.stored_tensor()
-            v = new_vector(config.u, config.init_weights, config.init_v_bound, working_dtype(stored.dtype))
-            vectors[plan.group] = v.to(stored.device)
+        for group in dict.fromkeys(plan.groups):
+            if group not in vectors:
+                stored = layer.stored_tensor()
+                v = new_vector(config.u, config.init_weights, config.init_v_bound, working_dtype(stored.dtype))
+                vectors[group] = v.to(stored.device)
         layer.update_layer(
             adapter_name,
-            group=plan.group,
+            groups=plan.groups,
             basis=plan.basis,
             make_basis=plan.make_basis,
             r=plan.r,
@@ -226,10 +255,8 @@ class TinyLoraModel(BaseTuner):
         if autocast_adapter_dtype or conventions_of(self.peft_config[adapter_name]).from_paper:
             return
         for layer in (module for module in self.model.modules() if isinstance(module, TinyLoraLayer)):
-            group = layer._tinylora_v_key.get(adapter_name)
-            if group is not None:
-                v = self.tinylora_v[adapter_name][group]
-                stored = layer.stored_tensor().dtype
+            stored = layer.stored_tensor().dtype
+            for v in layer.vectors(adapter_name) if adapter_name in layer.tinylora_A else []:
                 v.data = v.data.to(stored if stored.is_floating_point else torch.float32)
 
     def merge_adapter(
@@ -396,16 +423,57 @@ def read_from_file(config: PeftConfig) -> bool:
     return isinstance(config, TinyLoraConfig) and config._from_file
 
 
-def unmerged_matrix(module: nn.Module, backend: QuantizationBackend | None) -> torch.Tensor:
-    """W (out, in) of a module, adapted already or not, in fp32 or better."""
-    if isinstance(module, TinyLoraLayer):
-        return module.unmerged_matrix()
-    layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return dense_matrix(layer, backend)
+class TargetWeight:
+    """The weight of a target, whose module may be adapted already.
+
+    Args:
+        model (`nn.Module`): the model.
+        key (`str`): name of the module, or of the parameter.
+        parameter_name (`str`, *optional*): the last part of `key`, where it names a parameter.
+
+    Raises:
+        UnsupportedModuleError: if no basis can be taken from it; names it.
+    """
+
+    def __init__(self, model: nn.Module, key: str, parameter_name: str | None) -> None:
+        module = model.get_submodule(key if parameter_name is None else key.rpartition(".")[0])
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        self.adapted: TinyLoraLayer | None = None
+        self.backend = None
+        if parameter_name is None:
+            if isinstance(module, TinyLoraLayer):
+                self.adapted = module
+                self.backend = module.quantization_backend
+            else:
+                self.backend = quantization_backend(layer, model)
+                check_supported(layer, key, self.backend)
+            self.shape = matrix_shape(layer)
+        else:
+            check_parameter(getattr(layer, parameter_name), key)
+            self.adapted = wrapper_of_parameter(module, parameter_name)
+            self.shape = parameter_shape(layer, parameter_name)
+        self._layer, self._parameter_name = layer, parameter_name
+
+    def unmerged_matrix(self) -> torch.Tensor:
+        """W (out, in), or (experts, out, in), in fp32 or better."""
+        if self.adapted is not None:
+            return self.adapted.unmerged_matrix()
+        if self._parameter_name is not None:
+            return parameter_matrix(self._layer, self._parameter_name)
+        return dense_matrix(self._layer, self.backend)
 
 
-def names_in_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the modules that the keys of an adapter's state dict belong to, in model order.
+def wrapper_of_parameter(module: nn.Module, parameter_name: str) -> ParamWrapper | None:
+    """The wrapper of a parameter among those nested around a module."""
+    while isinstance(module, ParamWrapper):
+        if module.parameter_name == parameter_name:
+            return module
+        module = module.base_layer
+    return None
+
+
+def targets_in_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> list[Target]:
+    """The modules that the keys of an adapter's state dict belong to, in model order.
 
     Raises:
         AdapterFileError: if the model has no such module; names it.
@@ -417,7 +485,7 @@ def names_in_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -
         raise AdapterFileError(
             f"The state dict names {len(unknown)} modules that the model lacks, such as {unknown[0]!r}."
         )
-    return names
+    return [Target(name, [name], None) for name in names]
 
 
 def settings(config: PeftConfig) -> dict[str, Any]:
@@ -426,18 +494,18 @@ def settings(config: PeftConfig) -> dict[str, Any]:
     return {name: value for name, value in config.to_dict().items() if name not in ignored}
 
 
-def bounded_rank(config: PeftConfig, layer: nn.Module, name: str) -> int:
+def bounded_rank(config: PeftConfig, shape: tuple[int, ...], name: str) -> int:
     """`config.r`; the smallest side of the weight where a config of PEFT's asks for more, as PEFT does.
 
     Raises:
         BasisError: if `r` of one of this package's configs is larger than that; names the module.
     """
-    smallest = min(matrix_shape(layer))
+    smallest = min(shape[-2:])
     if config.r <= smallest:
         return config.r
     message = (
         f"r={config.r} is larger than the smallest side of module {name!r}, whose weight is "
-        f"{' x '.join(map(str, matrix_shape(layer)))}"
+        f"{' x '.join(map(str, shape))}"
     )
     from_peft = not isinstance(config, TinyLoraConfig) or (config._from_file and not config.uses_paper_conventions)
     if not from_peft:

@@ -1,38 +1,89 @@
 """A model and a config -> the names of the modules to adapt, in model order.
 
 Follows PEFT's own matching, so that `target_modules`, `exclude_modules`, `layers_to_transform` and "all-linear" mean
-what they mean for LoRA. Modules inside a layer that is wrapped already (its `base_layer`) are never counted, so a second
-adapter sees the same list as a first.
+what they mean for LoRA, as does `target_parameters`, which names parameters such as the fused experts of a mixture of
+experts. Modules inside a layer that is wrapped already (its `base_layer`) are never counted, so a second adapter sees
+the same list as a first.
 """
 
 import copy
+from typing import NamedTuple
 
 import peft
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
+
+from .weight import PLAIN_LAYERS, quantization_backend
 
 
 # Not public, and there is no public way to ask which modules a config matches.
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists  # isort: skip
 
 
-def target_names(model: nn.Module, config: peft.PeftConfig) -> list[str]:
-    """Names of the modules of `model` that `config` targets, in model order.
+class Target(NamedTuple):
+    """A module or a parameter to adapt.
+
+    `key` is its name in the model. `names` has one name for each of its matrices, by which they share v and seed P: the
+    key itself, or, for a parameter (experts, ., .) "mlp.experts.gate_up_proj", "mlp.experts.0.gate_up_proj" and so on.
+    """
+
+    key: str
+    names: list[str]
+    parameter_name: str | None
+
+
+def find_targets(model: nn.Module, config: peft.PeftConfig) -> list[Target]:
+    """What of `model` a config targets, in model order.
 
     Args:
         model (`nn.Module`): the base model, or one into which adapters were injected already.
-        config (`peft.PeftConfig`): its `target_modules` must be set. Not changed.
+        config (`peft.PeftConfig`): its `target_modules`, or its `target_parameters`, must be set. Not changed.
 
     Returns:
-        `list[str]`: full names; empty where nothing matches.
+        `list[Target]`: empty where nothing matches.
     """
-    config = _maybe_include_all_linear_layers(copy.copy(config), model)
-    names = []
+    config = expand_all_linear(copy.copy(config), model)
+    parameters = tuple(getattr(config, "target_parameters", None) or ())
+    targets = []
     inside = None
     for name, module in model.named_modules():
         if inside is not None and name.startswith(inside):
             continue
-        inside = f"{name}." if isinstance(module, BaseTunerLayer) else None
-        if name and check_target_module_exists(config, name):
-            names.append(name)
-    return names
+        wrapped = isinstance(module, BaseTunerLayer)
+        inside = f"{name}." if wrapped else None
+        if name and config.target_modules and check_target_module_exists(config, name):
+            targets.append(Target(name, [name], None))
+        base = module.get_base_layer() if wrapped else module
+        for parameter_name, parameter in base.named_parameters(recurse=False):
+            key = f"{name}.{parameter_name}"
+            if key in parameters or key.endswith(tuple(f".{suffix}" for suffix in parameters)):
+                experts = range(parameter.shape[0]) if parameter.ndim == 3 else None
+                names = [key] if experts is None else [f"{name}.{expert}.{parameter_name}" for expert in experts]
+                targets.append(Target(key, names, parameter_name))
+    return targets
+
+
+def target_names(model: nn.Module, config: peft.PeftConfig) -> list[str]:
+    """Names of the matrices that a config targets, in model order; see [`find_targets`]."""
+    return [name for target in find_targets(model, config) for name in target.names]
+
+
+def expand_all_linear(config: peft.PeftConfig, model: nn.Module) -> peft.PeftConfig:
+    """Replace `target_modules="all-linear"` in place by the names of all linear modules but the output layer.
+
+    PEFT's own finds only what derives from `nn.Linear`, and so misses HQQ, GPTQ and AWQ layers.
+    """
+    is_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    config = _maybe_include_all_linear_layers(config, model)
+    if is_all_linear:
+        quantized = {
+            name
+            for name, module in model.named_modules()
+            # The shape is asked first, because asking PEFT imports every quantization library there is.
+            if not isinstance(module, (BaseTunerLayer, *PLAIN_LAYERS))
+            and hasattr(module, "in_features")
+            and "base_layer" not in name.split(".")
+            and quantization_backend(module, model) is not None
+        }
+        config.target_modules = set(config.target_modules) | quantized
+    return config

@@ -80,6 +80,16 @@ def check_supported(layer: nn.Module, name: str, backend: QuantizationBackend | 
     check_floating(layer.weight, name)
 
 
+def check_parameter(parameter: torch.Tensor, name: str) -> None:
+    """Raise [`UnsupportedModuleError`] unless a parameter is a floating point matrix, or one for each expert."""
+    if parameter.ndim not in (2, 3):
+        raise UnsupportedModuleError(
+            f"Target parameter {name!r} has shape {tuple(parameter.shape)}: only matrices (out, in) and stacks of them "
+            "(experts, out, in) can be adapted. Take it out of `target_parameters`."
+        )
+    check_floating(parameter, name)
+
+
 def check_floating(weight: torch.Tensor, name: str) -> None:
     """Raise [`UnsupportedModuleError`] for a dtype that a basis cannot be taken from; names the module."""
     if weight.dtype not in FLOATING_DTYPES:
@@ -187,6 +197,24 @@ def to_stored(matrix: torch.Tensor, layer: nn.Module) -> torch.Tensor:
     return matrix.T if stores_transposed(layer) else matrix
 
 
+def parameter_is_transposed(module: nn.Module, parameter_name: str) -> bool:
+    """Whether a parameter of fused experts is stored as (experts, in, out), which its module says, as in gpt-oss."""
+    return getattr(module, parameter_name).ndim == 3 and getattr(module, "is_transposed", False)
+
+
+def parameter_shape(module: nn.Module, parameter_name: str) -> tuple[int, ...]:
+    """Shape (out, in) or (experts, out, in) of a parameter."""
+    *experts, rows, columns = getattr(module, parameter_name).shape
+    return (*experts, columns, rows) if parameter_is_transposed(module, parameter_name) else (*experts, rows, columns)
+
+
+def parameter_matrix(module: nn.Module, parameter_name: str) -> torch.Tensor:
+    """W (out, in) or (experts, out, in) of a parameter, in [`working_dtype`]."""
+    stored = getattr(module, parameter_name).detach()
+    matrix = stored.mT if parameter_is_transposed(module, parameter_name) else stored
+    return matrix.to(working_dtype(stored.dtype))
+
+
 def floating_linear(layer: nn.Module, W: torch.Tensor) -> nn.Linear:
     """An `nn.Linear` that multiplies by `W` (out, in), with the bias of a quantized linear layer."""
     out_features, in_features = W.shape
@@ -210,7 +238,7 @@ def dequantize_model(model: nn.Module, dtype: torch.dtype) -> None:
         dtype (`torch.dtype`): of the new weights, rounded once from fp32.
     """
     for name, module in list(model.named_modules()):
-        backend = quantization_backend(module, model) if hasattr(module, "bias") else None
+        backend = quantization_backend(module, model) if hasattr(module, "in_features") else None
         if backend is not None:
             model.set_submodule(name, floating_linear(module, dense_matrix(module, backend).to(dtype)))
     if isinstance(model, PreTrainedModel) and getattr(model, "hf_quantizer", None) is not None:

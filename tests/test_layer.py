@@ -51,7 +51,7 @@ def reference(model: nn.Module, sigma: str) -> torch.Tensor:
         # the sign of a pair is a choice, taken from the layer; everything else is computed here
         signs = (layer.tinylora_A["default"].double() * Vh).sum(dim=1).sign()
         U, Vh = U * signs, Vh * signs[:, None]
-        v = model.tinylora_v["default"][layer._tinylora_v_key["default"]].detach().double()
+        [v] = [v.detach().double() for v in layer.vectors("default")]
         R = sum(v[i] * layer.tinylora_P["default"][i].double() for i in range(len(v)))
         if sigma == "left":
             update = U @ torch.diag(S) @ R @ Vh

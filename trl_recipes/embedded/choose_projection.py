@@ -83,8 +83,7 @@ def reward_gradients(rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
         log_probabilities = logits.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
         of_completion = (log_probabilities * (chosen != tokenizer.pad_token_id)).sum(dim=1)
         ((rewards - baseline) * of_completion).sum().div(len(rows)).backward()
-    vectors = model.tinylora_v["default"]
-    return {name: vectors[layer._tinylora_v_key["default"]].grad.reshape(R, R) for name, layer in layers.items()}
+    return {name: layer.vectors("default")[0].grad.reshape(R, R) for name, layer in layers.items()}
 
 
 if __name__ == "__main__":

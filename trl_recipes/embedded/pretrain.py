@@ -48,7 +48,7 @@ class Settings:
     warmup_steps: int = 50
     weight_decay: float = 0.1
     prompt_weight: float = 0.05
-    hidden_size: int = 96
+    hidden_size: int = 128
     intermediate_size: int = 256
     grpo_problems: int = 4096
     held_out_problems: int = 1024
