@@ -242,7 +242,8 @@ def _check_basis(layers: dict[str, TinyLoraLayer], found: dict[str, torch.Tensor
         )
         if config.base_model_name_or_path:
             message += f" ({config.base_model_name_or_path})"
+        message += ", or on another quantization of these"
         if conventions_of(config).from_paper:
-            raise BasisMismatchError(f"{message}: load it onto those. Nothing was loaded.")
+            raise BasisMismatchError(f"{message}: load it onto what it was trained on. Nothing was loaded.")
         warnings.warn(f"{message}, or holds other factors; its update is not the one that was trained.", stacklevel=2)
         return

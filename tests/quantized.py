@@ -4,9 +4,11 @@ Each is a real model of that backend, loaded as a user loads it, except HQQ's, w
 """
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
@@ -49,6 +51,13 @@ def _hqq(folder: Path, dtype: torch.dtype = torch.float32, *, nbits: int) -> Pre
             settings = BaseQuantizeConfig(nbits=nbits, group_size=32)
             model.model.set_submodule(name, HQQLinear(module, settings, compute_dtype=dtype, device="cpu"))
     return model.eval()
+
+
+def skip_unless_installed(backend: str) -> None:
+    """Skip a test of a backend whose library the default environment lacks."""
+    library = backend.partition("-")[0]
+    if library != "bnb" and importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed here: make test-backends")
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
-from quantized import BACKENDS
+from quantized import BACKENDS, skip_unless_installed
 from support import make_tiny_llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -116,6 +116,7 @@ def test_another_layer_is_refused_by_name():
 
 
 def test_torchao_without_its_config_is_trained_and_not_merged(folder):
+    skip_unless_installed("torchao")
     from torchao import quantize_
     from torchao.quantization import Int8WeightOnlyConfig
 

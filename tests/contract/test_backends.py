@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from quantized import BACKENDS
+from quantized import BACKENDS, skip_unless_installed
 from support import fill_vectors, make_tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -42,6 +42,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(params=BACKENDS)
 def load(request, folder) -> Callable[..., PreTrainedModel]:
     """Loads the base model, freshly quantized at each call."""
+    skip_unless_installed(request.param)
     return lambda dtype=torch.float32: BACKENDS[request.param](folder, dtype=dtype)
 
 
