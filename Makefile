@@ -5,7 +5,7 @@
 #                   Linux machine without an NVIDIA GPU takes the CPU build from PyTorch's own index, so as not to
 #                   download gigabytes of CUDA packages; any other machine, or one that cannot reach that index, takes
 #                   what pip's own configuration offers.
-# ARGS              more arguments for pytest, in `make test` and `make test-peft`
+# ARGS              more arguments for pytest in `make test`, `test-peft` and `test-backends`, or for `make benchmark`
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
@@ -13,13 +13,14 @@ ARGS ?=
 
 CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 VENV := .venv
+BACKENDS_VENV := .venv-backends
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 # Taken before anything is installed: the demo's total_seconds starts here.
 export TINYLORA_DEMO_START := $(shell date +%s)
 
-.PHONY: setup demo test test-peft quality style clean
+.PHONY: setup demo demo-4bit test test-peft test-backends benchmark quality style clean
 
 setup: $(STAMP)
 	@echo "setup: $(VENV) is up to date"
@@ -44,6 +45,15 @@ demo: setup
 	    --config_file trl_recipes/accelerate_configs/cpu.yaml \
 	    trl_recipes/grpo.py --config trl_recipes/configs/embedded_grpo.yaml
 
+demo-4bit: setup
+	@echo "demo-4bit: the same on a 4-bit NF4 base, and the adapter loaded again onto a base quantized anew"
+	@$(VENV)/bin/accelerate launch --num_cpu_threads_per_process 2 \
+	    --config_file trl_recipes/accelerate_configs/cpu.yaml \
+	    trl_recipes/grpo.py --config trl_recipes/configs/embedded_grpo_4bit.yaml
+	@OMP_NUM_THREADS=2 $(VENV)/bin/python trl_recipes/score.py --adapter outputs/embedded_grpo_4bit \
+	    --dataset trl_recipes/embedded/data/held_out.jsonl --batch_size 256 --max_completion_length 40 \
+	    --load_in_4bit true --dtype float32 --use_cpu true
+
 test: setup
 	@echo "test: the offline CPU tests"
 	@$(VENV)/bin/python -m pytest $(ARGS)
@@ -51,6 +61,23 @@ test: setup
 # PEFT's own tests for its TinyLoRA, run on this one. Needs PyPI the first time.
 test-peft: setup
 	@$(VENV)/bin/python tests/contract/run_peft_tests.py $(ARGS)
+
+# The quantized bases beside bitsandbytes, in an environment of their own that borrows what .venv has: transformers
+# imports each of these libraries as soon as it is installed, and torchao writes to the terminal when it is.
+$(BACKENDS_VENV)/.installed: $(STAMP)
+	@test -x $(BACKENDS_VENV)/bin/python || $(PYTHON) -m venv $(BACKENDS_VENV)
+	@$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+	    > "$$($(BACKENDS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
+	@echo "test-backends: installing torchao, hqq and others (a minute)"
+	@$(BACKENDS_VENV)/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt -e '.[backends]'
+	@touch $@
+
+test-backends: $(BACKENDS_VENV)/.installed
+	@$(BACKENDS_VENV)/bin/python -m pytest tests/contract/test_backends.py tests/test_weight.py $(ARGS)
+
+# GRPO and SFT, 4-bit and 16-bit, TinyLoRA and LoRA side by side: peak memory and step time.
+benchmark: setup
+	@$(VENV)/bin/python -m benchmarks.training $(ARGS)
 
 quality: setup
 	@echo "quality: ruff"
@@ -62,4 +89,4 @@ style: setup
 	@$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist outputs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(BACKENDS_VENV) build dist outputs .pytest_cache .ruff_cache *.egg-info

@@ -334,6 +334,13 @@ class Linear(TinyLoraLayer, nn.Module):
         result = self.base_layer(x, *args, **kwargs)
         if base_alone:
             return result
+        backend = self.quantization_backend
+        if backend is not None and x.requires_grad and not result.requires_grad and torch.is_grad_enabled():
+            warnings.warn(
+                f"{backend.backend_name} passes no gradient through this base layer: what lies below it is "
+                "trained wrongly. Quantize weights only, not activations.",
+                stacklevel=2,
+            )
         dtype = result.dtype
         for name in self._active_here():
             A, B = self.tinylora_A[name], self.tinylora_B[name]

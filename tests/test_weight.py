@@ -130,6 +130,18 @@ def test_torchao_without_its_config_is_trained_and_not_merged(folder):
     model.merge_and_unload(dequantize=True)
 
 
+def test_a_base_that_passes_no_gradient_is_warned_of(tokens):
+    skip_unless_installed("torchao")
+    from torchao import quantize_
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+
+    model = make_tiny_llama(num_hidden_layers=1)
+    quantize_(model.model, Int8DynamicActivationInt8WeightConfig())
+    model = get_peft_model(model, TinyLoraConfig(**CONFIG))
+    with pytest.warns(UserWarning, match="torchao passes no gradient.*Quantize weights only"):
+        model(tokens)
+
+
 def test_dequantizing_leaves_no_mark_of_quantization(folder):
     model = BACKENDS["bnb-int8"](folder)
     dequantize_model(model, torch.bfloat16)

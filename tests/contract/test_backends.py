@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from quantized import BACKENDS, skip_unless_installed
 from support import fill_vectors, make_tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from peft_tinylora import TinyLoraConfig, TinyLoraLayer
+from peft_tinylora import BasisMismatchError, TinyLoraConfig, TinyLoraLayer
 
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
+    pytest.mark.filterwarnings("ignore:.*gradient_checkpointing"),
     pytest.mark.filterwarnings("ignore:Merging lost"),
 ]
 
@@ -235,3 +235,43 @@ def test_a_second_adapter_and_switching(load, tokens):
     assert torch.equal(model(tokens).logits, first)
     with model.disable_adapter():
         assert torch.equal(model(tokens).logits, untouched_logits(model.base_model.model, tokens))
+
+
+@torch.no_grad()
+def test_what_users_do_around_an_adapter(load, tokens, tmp_path):
+    """low_cpu_mem_usage, deepcopy, transformers' own add_adapter and load_adapter, moving to the same device."""
+    model = adapt(load())
+    fill_vectors(model)
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path / "peft")
+    low = PeftModel.from_pretrained(load(), tmp_path / "peft", low_cpu_mem_usage=True).eval()
+    assert torch.equal(low(tokens).logits, expected)
+    assert torch.equal(copy.deepcopy(model)(tokens).logits, expected)
+    model.merge_adapter()
+    model.to("cpu")
+    model.unmerge_adapter()
+    assert torch.equal(model(tokens).logits, expected)
+
+    base = load()
+    base.add_adapter(model.peft_config["default"])
+    fill_vectors(base)
+    assert torch.equal(base.eval()(tokens).logits, expected)
+
+
+def test_prepare_model_for_kbit_training_and_gradient_checkpointing(load, tokens):
+    base = prepare_model_for_kbit_training(load(), gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = adapt(base).train()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    plain = adapt(load()).train()
+    plain(input_ids=tokens, labels=tokens).loss.backward()
+    for v, other in zip(model.tinylora_v["default"].values(), plain.tinylora_v["default"].values(), strict=True):
+        assert v.dtype == torch.float32
+        torch.testing.assert_close(v.grad, other.grad, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("other", ["bnb-fp4", None])
+def test_another_quantization_of_the_base_is_refused(folder, tmp_path, other):
+    adapt(BACKENDS["bnb-nf4"](folder)).save_pretrained(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(folder) if other is None else BACKENDS[other](folder)
+    with pytest.raises(BasisMismatchError, match="or on another quantization of these"):
+        PeftModel.from_pretrained(base, tmp_path)
