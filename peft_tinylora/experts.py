@@ -167,6 +167,15 @@ class ParamWrapper(TinyLoraLayer, nn.Module):
         return False
 
 
+def wrapper_of_parameter(module: nn.Module, parameter_name: str) -> ParamWrapper | None:
+    """The wrapper of a parameter among those nested around a module."""
+    while isinstance(module, ParamWrapper):
+        if module.parameter_name == parameter_name:
+            return module
+        module = module.base_layer
+    return None
+
+
 @contextmanager
 def standing_in(module: nn.Module, parameter_name: str, adapted: AdaptedWeight) -> Iterator[None]:
     """Let `module` see `adapted` in place of a parameter of its own."""

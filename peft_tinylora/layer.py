@@ -17,18 +17,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import nn
 
 from . import delta
 from .basis import Basis
-from .errors import MergeError
-from .merging import KeptBase, Survival, rounded, survival
-from .weight import dense_matrix, floating_linear, matrix_shape, stored_tensor, to_stored, working_dtype
+from .merging import KeptBase, Mergeable
+from .survival import Survival
+from .weight import dense_matrix, matrix_shape, stored_tensor, to_stored, working_dtype
 
 
-class TinyLoraLayer(BaseTunerLayer):
+class TinyLoraLayer(Mergeable, BaseTunerLayer):
     """What the layer types share: the factors of each adapter, merging and unmerging.
 
     Args:
@@ -133,16 +133,6 @@ class TinyLoraLayer(BaseTunerLayer):
         """The weight W (out, in) that the base layer multiplies by now, in fp32 or better."""
         return dense_matrix(self.get_base_layer(), self.quantization_backend)
 
-    def unmerged_matrix(self) -> torch.Tensor:
-        """The weight W (out, in) that the base model came with, in fp32 or better, also while adapters are merged."""
-        if self._kept is None:
-            return self.dense_matrix()
-        merged = KeptBase(self)
-        self._kept.restore()
-        W = self.dense_matrix()
-        merged.restore()
-        return W
-
     def to_stored(self, matrix: torch.Tensor) -> torch.Tensor:
         """A matrix (out, in) in the orientation that the base layer stores."""
         return to_stored(matrix, self.get_base_layer())
@@ -163,98 +153,6 @@ class TinyLoraLayer(BaseTunerLayer):
             self.tinylora_A[adapter_name], self.tinylora_B[adapter_name], self.mixing_matrix(adapter_name)
         )
         return self.to_stored(update)
-
-    def check_mergeable(self, name: str, dequantize: bool, stochastic: bool) -> None:
-        """Raise if merging cannot be done as asked, before anything is changed.
-
-        Args:
-            name (`str`): this layer's name in the model, for the message.
-            dequantize (`bool`): whether the layer becomes a floating point one.
-            stochastic (`bool`): whether rounding is stochastic.
-
-        Raises:
-            MergeError: names the layer and what to do instead.
-        """
-        backend = self.quantization_backend
-        if backend is None or dequantize:
-            return
-        if not backend.supports_merge:
-            raise MergeError(
-                f"Adapters cannot be merged into module {name!r}: {backend.backend_name} cannot quantize its weight "
-                "again. Leave the adapter unmerged, or use merge_and_unload(dequantize=True)."
-            )
-        if stochastic:
-            raise MergeError(
-                f"stochastic_rounding_seed is for bfloat16 weights, and module {name!r} is quantized "
-                f"({backend.backend_name}): leave it out, or use merge_and_unload(dequantize=True)."
-            )
-
-    @torch.no_grad()
-    def merge(
-        self,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-        dequantize_to: torch.dtype | None = None,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        """Merge adapters into the base weight; the original is kept and comes back, bit for bit, on unmerging.
-
-        Args:
-            safe_merge (`bool`, *optional*, defaults to `False`): refuse to merge this layer where the result is not
-                finite.
-            adapter_names (`list[str]`, *optional*): which to merge, defaults to the active ones.
-            dequantize_to (`torch.dtype`, *optional*): replace a quantized base layer by an `nn.Linear` of this dtype.
-            generator (`torch.Generator`, *optional*): round bf16 stochastically; see [`rounded`].
-
-        Raises:
-            ValueError: with `safe_merge`, if the merged weight holds NaN or Inf; this layer is left as it was.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.tinylora_A]
-        if not names:
-            return
-        update = sum(map(self.get_delta_weight, self.merged_adapters + names))
-        before = KeptBase(self)
-        original = self._kept or before
-        original.restore()
-        base = self.to_stored(self.dense_matrix())
-        total = base + update
-        if safe_merge and not torch.isfinite(total).all():
-            before.restore()
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        if self.quantization_backend is None:
-            stored = self.stored_tensor()
-            self._replace_weight(nn.Parameter(rounded(total, stored.dtype, generator), stored.requires_grad))
-        elif dequantize_to is not None:
-            self.base_layer = floating_linear(self.get_base_layer(), rounded(total, dequantize_to, generator))
-            self.quantization_backend = None
-        else:
-            self._quantize_again(total, original)
-        self.survival = survival(update, self.to_stored(self.dense_matrix()) - base)
-        self._kept = original
-        self.merged_adapters.extend(names)
-
-    def _replace_weight(self, weight: nn.Parameter) -> None:
-        # A new parameter, not new data in the old one, which a tied layer such as lm_head may hold as well.
-        setattr(self.get_base_layer(), self.parameter_name, weight)
-
-    def _quantize_again(self, total: torch.Tensor, original: KeptBase) -> None:
-        backend = self.quantization_backend
-        if not backend.backend_name.startswith("bnb"):  # the others compute in the dtype of what they quantize
-            total = total.to(backend.get_base_weight(self.get_base_layer()).dtype)
-        backend.set_base_weight(self, total)
-        original.restore_attributes()
-        if backend.backend_name == "bnb 4bit":
-            # The dtype of what it dequantizes to: that of the model, and not that of `total`.
-            self.get_base_layer().weight.quant_state.dtype = original.parameter.quant_state.dtype
-
-    def unmerge(self) -> None:
-        """Put the original base weight back."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        self._kept.restore()
-        self._kept = None
-        self.merged_adapters.clear()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from this layer; see `BaseTunerLayer.delete_adapter`."""

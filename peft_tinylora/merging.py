@@ -7,83 +7,23 @@ an adapter is best left unmerged.
 """
 
 import math
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import nn
+from tqdm import tqdm
 
 from .errors import MergeError
+from .projection import seed_of_module
+from .survival import MergeReport, Survival, survival
+from .weight import floating_linear
 
 
 # A merge that loses more than this share of the update warns.
 TOLERATED_LOSS = 0.1
-
-
-@dataclass(frozen=True)
-class Survival:
-    """How much of an update was left after rounding, from sums over the entries of one weight or of many.
-
-    Args:
-        update (`float`): sum of squares of the exact update B R A.
-        survived (`float`): sum of squares of merged weight - base weight, both as stored.
-        product (`float`): sum of their products.
-        error (`float`): sum of squares of their difference.
-    """
-
-    update: float
-    survived: float
-    product: float
-    error: float
-
-    @property
-    def cosine(self) -> float:
-        """Cosine between what survived and the exact update; 1.0 where both are zero."""
-        if self.update == 0.0 or self.survived == 0.0:
-            return float(self.update == self.survived)
-        return self.product / math.sqrt(self.update * self.survived)
-
-    @property
-    def relative_error(self) -> float:
-        """|survived - update| / |update|, which is what was lost: 0 is exact, 1 is as bad as no merge at all."""
-        if self.update == 0.0:
-            return 0.0 if self.error == 0.0 else math.inf
-        return math.sqrt(self.error / self.update)
-
-    def __add__(self, other: "Survival") -> "Survival":
-        return Survival(
-            self.update + other.update,
-            self.survived + other.survived,
-            self.product + other.product,
-            self.error + other.error,
-        )
-
-
-class MergeReport(dict[str, Survival]):
-    """What each module of a merge kept of its update: module name -> [`Survival`]. Prints as a table."""
-
-    @property
-    def total(self) -> Survival:
-        """All modules taken together."""
-        return sum(self.values(), start=Survival(0.0, 0.0, 0.0, 0.0))
-
-    def __str__(self) -> str:
-        width = max(map(len, [*self, "module"]))
-        rows = [*self.items(), ("total", self.total)]
-        lines = [f"{name:<{width}}{s.cosine:>10.4f}{s.relative_error:>16.3g}" for name, s in rows]
-        return "\n".join([f"{'module':<{width}}{'cosine':>10}{'relative error':>16}", *lines])
-
-
-def survival(update: torch.Tensor, survived: torch.Tensor) -> Survival:
-    """Compare the exact update with what is left of it, two tensors of the same shape and dtype."""
-
-    def dot(a: torch.Tensor, b: torch.Tensor) -> float:
-        return torch.sum(a * b, dtype=torch.float64).item()
-
-    error = survived - update
-    return Survival(dot(update, update), dot(survived, survived), dot(update, survived), dot(error, error))
 
 
 def rounded(total: torch.Tensor, dtype: torch.dtype, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -159,3 +99,166 @@ class KeptBase:
                 f"Adapters are merged into quantized weights: unmerge before moving the model to {moved.device}."
             )
         self.parameter.data = moved
+
+
+class Mergeable:
+    """The part of a layer that merges: what `TinyLoraLayer` has beside the factors."""
+
+    def unmerged_matrix(self) -> torch.Tensor:
+        """The weight W (out, in) that the base model came with, in fp32 or better, also while adapters are merged."""
+        if self._kept is None:
+            return self.dense_matrix()
+        merged = KeptBase(self)
+        self._kept.restore()
+        W = self.dense_matrix()
+        merged.restore()
+        return W
+
+    def check_mergeable(self, name: str, dequantize: bool, stochastic: bool) -> None:
+        """Raise if merging cannot be done as asked, before anything is changed.
+
+        Args:
+            name (`str`): this layer's name in the model, for the message.
+            dequantize (`bool`): whether the layer becomes a floating point one.
+            stochastic (`bool`): whether rounding is stochastic.
+
+        Raises:
+            MergeError: names the layer and what to do instead.
+        """
+        backend = self.quantization_backend
+        if backend is None or dequantize:
+            return
+        if not backend.supports_merge:
+            raise MergeError(
+                f"Adapters cannot be merged into module {name!r}: {backend.backend_name} cannot quantize its weight "
+                "again. Leave the adapter unmerged, or use merge_and_unload(dequantize=True)."
+            )
+        if stochastic:
+            raise MergeError(
+                f"stochastic_rounding_seed is for bfloat16 weights, and module {name!r} is quantized "
+                f"({backend.backend_name}): leave it out, or use merge_and_unload(dequantize=True)."
+            )
+
+    @torch.no_grad()
+    def merge(
+        self,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dequantize_to: torch.dtype | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Merge adapters into the base weight; the original is kept and comes back, bit for bit, on unmerging.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): refuse to merge this layer where the result is not
+                finite.
+            adapter_names (`list[str]`, *optional*): which to merge, defaults to the active ones.
+            dequantize_to (`torch.dtype`, *optional*): replace a quantized base layer by an `nn.Linear` of this dtype.
+            generator (`torch.Generator`, *optional*): round bf16 stochastically; see [`rounded`].
+
+        Raises:
+            ValueError: with `safe_merge`, if the merged weight holds NaN or Inf; this layer is left as it was.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.tinylora_A]
+        if not names:
+            return
+        update = sum(map(self.get_delta_weight, self.merged_adapters + names))
+        before = KeptBase(self)
+        original = self._kept or before
+        original.restore()
+        base = self.to_stored(self.dense_matrix())
+        total = base + update
+        if safe_merge and not torch.isfinite(total).all():
+            before.restore()
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+        if self.quantization_backend is None:
+            stored = self.stored_tensor()
+            self._replace_weight(nn.Parameter(rounded(total, stored.dtype, generator), stored.requires_grad))
+        elif dequantize_to is not None:
+            self.base_layer = floating_linear(self.get_base_layer(), rounded(total, dequantize_to, generator))
+            self.quantization_backend = None
+        else:
+            self._quantize_again(total, original)
+        self.survival = survival(update, self.to_stored(self.dense_matrix()) - base)
+        self._kept = original
+        self.merged_adapters.extend(names)
+
+    def _replace_weight(self, weight: nn.Parameter) -> None:
+        # A new parameter, not new data in the old one, which a tied layer such as lm_head may hold as well.
+        setattr(self.get_base_layer(), self.parameter_name, weight)
+
+    def _quantize_again(self, total: torch.Tensor, original: KeptBase) -> None:
+        backend = self.quantization_backend
+        if not backend.backend_name.startswith("bnb"):  # the others compute in the dtype of what they quantize
+            total = total.to(backend.get_base_weight(self.get_base_layer()).dtype)
+        backend.set_base_weight(self, total)
+        original.restore_attributes()
+        if backend.backend_name == "bnb 4bit":
+            # The dtype of what it dequantizes to: that of the model, and not that of `total`.
+            self.get_base_layer().weight.quant_state.dtype = original.parameter.quant_state.dtype
+
+    def unmerge(self) -> None:
+        """Put the original base weight back."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._kept.restore()
+        self._kept = None
+        self.merged_adapters.clear()
+
+
+def merge_layers(
+    layers: dict[str, Mergeable],
+    adapter_names: list[str] | None = None,
+    safe_merge: bool = False,
+    stochastic_rounding_seed: int | None = None,
+    dequantize_to: torch.dtype | None = None,
+    progressbar: bool = False,
+) -> MergeReport:
+    """Merge adapters into all layers, or into none.
+
+    Args:
+        layers (`dict[str, Mergeable]`): name in the model -> layer.
+        adapter_names (`list[str]`, *optional*): which to merge, defaults to the active ones.
+        safe_merge (`bool`, *optional*, defaults to `False`): refuse where a result is not finite.
+        stochastic_rounding_seed (`int`, *optional*): round bf16 stochastically; every layer has draws of its own.
+        dequantize_to (`torch.dtype`, *optional*): replace quantized base layers by `nn.Linear`s of this dtype.
+        progressbar (`bool`, *optional*, defaults to `False`): whether to show one.
+
+    Returns:
+        [`MergeReport`]: empty where there was nothing to merge.
+
+    Raises:
+        MergeError, ValueError: nothing stays merged.
+    """
+    for name, layer in layers.items():
+        layer.check_mergeable(name, dequantize_to is not None, stochastic_rounding_seed is not None)
+    report = MergeReport()
+    try:
+        for name, layer in tqdm(layers.items(), desc="Merging", disable=not progressbar):
+            before = len(layer.merged_adapters)
+            generator = None
+            if stochastic_rounding_seed is not None:
+                generator = torch.Generator().manual_seed(seed_of_module(stochastic_rounding_seed, name))
+            with onload_layer(layer):
+                layer.merge(safe_merge, adapter_names, dequantize_to, generator)
+            if len(layer.merged_adapters) > before:
+                report[name] = layer.survival
+    except Exception:
+        for name in report:
+            layers[name].unmerge()
+        raise
+    return report
+
+
+def warn_of_loss(total: Survival, quantized: bool) -> None:
+    """Warn of what a merge lost, with the figure and the remedy."""
+    if not math.isfinite(total.relative_error):
+        warnings.warn("Merging gave NaN or Inf: unmerge, and check the adapter.", stacklevel=5)
+        return
+    remedy = "use merge_and_unload(dequantize=True)" if quantized else "load the base model in float32 to merge"
+    warnings.warn(
+        f"Merging lost {min(total.relative_error, 9.99):.0%} of the update to rounding (cosine with the exact one "
+        f"{total.cosine:.2f}; `merge_report` has every module). Keep the adapter unmerged, or {remedy}.",
+        stacklevel=5,
+    )

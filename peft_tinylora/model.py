@@ -1,61 +1,36 @@
-"""TinyLoraModel: PEFT's tuner for TinyLoRA. Finds the modules, plans before it touches anything, wraps them.
+"""TinyLoraModel: PEFT's tuner for TinyLoRA. Wraps the modules that were assigned something, and merges them.
 
 The trained vectors live here, in `tinylora_v` (adapter name -> group -> v), once each. Where transformers injects an
 adapter straight into its model (`model.add_adapter(config)`), the tuner is thrown away afterwards and the vectors are
 registered on that model instead.
 """
 
-import functools
-import math
 import warnings
-from collections import Counter
-from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
-from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
-from tqdm import tqdm
 
 from . import checkpoint
-from .basis import Basis, compute_basis
-from .config import TinyLoraConfig, check_peft_fields, conventions_of
-from .errors import AdapterFileError, BasisError, ConfigError
-from .experts import ParamWrapper
+from .assignment import Assignment, assign, read_from_file
+from .config import check_peft_fields, conventions_of
+from .errors import AdapterFileError, ConfigError
+from .experts import ParamWrapper, wrapper_of_parameter
 from .layer import Embedding, Linear, TinyLoraLayer
-from .merging import TOLERATED_LOSS, MergeReport, Survival
-from .projection import draw_projection, seed_of_module
-from .targets import Target, expand_all_linear, find_targets
-from .tying import group_modules, group_modules_by_ratio
+from .merging import TOLERATED_LOSS, merge_layers, warn_of_loss
+from .survival import MergeReport
+from .targets import expand_all_linear, find_targets, targets_in_state_dict
 from .vector import new_vector
 from .weight import (
-    check_parameter,
-    check_supported,
-    dense_matrix,
     dequantize_model,
     floating_dtype,
     keep_bitsandbytes_differentiable,
-    matrix_shape,
-    parameter_matrix,
-    parameter_shape,
-    quantization_backend,
     working_dtype,
 )
-
-
-class ModulePlan(NamedTuple):
-    """What one target, a module or a parameter, gets: settled before any module is replaced."""
-
-    groups: tuple[str, ...]  # one, or one for each expert
-    r: int
-    basis: Basis | None  # None: to be loaded
-    make_basis: Callable[[torch.Tensor], Basis]
-    projection: torch.Tensor  # (u, r, r), or (experts, u, r, r)
-    backend: QuantizationBackend | None  # None: the weight is a floating point one
 
 
 class TinyLoraModel(BaseTuner):
@@ -90,7 +65,7 @@ class TinyLoraModel(BaseTuner):
     ) -> None:
         self.merge_report: MergeReport | None = None  # of the last merge
         self._warned_of_loss = False
-        self._plans: dict[str, ModulePlan] = {}
+        self._assignments: dict[str, Assignment] = {}
         self._awaiting_file: set[str] = set()
         self._outlived_by_model = isinstance(config, PeftConfig)
         super().__init__(model, config, adapter_name, low_cpu_mem_usage, state_dict)
@@ -136,7 +111,8 @@ class TinyLoraModel(BaseTuner):
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         targets = find_targets(model, config) if state_dict is None else targets_in_state_dict(model, state_dict)
         keep_bitsandbytes_differentiable(model)
-        self._plans = self._plan(model, targets, config, adapter_name)
+        twin = self._adapter_with_same_settings(adapter_name, config)
+        self._assignments = assign(model, targets, config, twin)
         expand_all_linear(config, model)
         others = [(v, v.requires_grad) for vectors in self.tinylora_v.values() for v in vectors.values()]
         for layer in (module for module in model.modules() if isinstance(module, TinyLoraLayer)):
@@ -148,7 +124,7 @@ class TinyLoraModel(BaseTuner):
             del self.tinylora_v[adapter_name]
             raise
         finally:
-            self._plans = {}
+            self._assignments = {}
         if read_from_file(config):
             self._awaiting_file.add(adapter_name)
         trained = adapter_name in self.active_adapters and not config.inference_mode
@@ -156,39 +132,6 @@ class TinyLoraModel(BaseTuner):
             v.requires_grad = trained
         for v, requires_grad in others:
             v.requires_grad = requires_grad
-
-    def _plan(
-        self, model: nn.Module, targets: list[Target], config: PeftConfig, adapter_name: str
-    ) -> dict[str, ModulePlan]:
-        """Everything that can fail, for every target, before the first module is replaced."""
-        conventions = conventions_of(config)
-        names = [name for target in targets for name in target.names]
-        if conventions.from_paper:
-            groups = group_modules(names, conventions.tie, conventions.n_tie)
-        else:
-            groups = group_modules_by_ratio(names, config.weight_tying)
-        if not read_from_file(config):
-            warn_if_overparametrised(config, groups)
-
-        twin = self._adapter_with_same_settings(adapter_name, config)
-        plans = {}
-        for index, (key, own_names, parameter_name) in enumerate(targets):
-            weight = TargetWeight(model, key, parameter_name)
-            r = bounded_rank(config, weight.shape, key)
-            make_basis = functools.partial(
-                compute_basis, r=r, sigma=conventions.sigma, canonical=conventions.from_paper, name=key
-            )
-            if twin is not None and weight.adapted is not None and twin in weight.adapted.tinylora_A:
-                basis, projection = weight.adapted.copy_of_factors(twin)
-            else:
-                by_name = [seed_of_module(config.projection_seed, name) for name in own_names]
-                seeds = by_name if conventions.from_paper else [config.projection_seed + index]
-                draws = torch.stack([draw_projection(config.u, r, seed) for seed in seeds])
-                projection = draws if len(weight.shape) == 3 else draws[0]
-                basis = None if read_from_file(config) else make_basis(weight.unmerged_matrix())
-            own_groups = tuple(str(groups[name]) for name in own_names)
-            plans[key] = ModulePlan(own_groups, r, basis, make_basis, projection, weight.backend)
-        return plans
 
     def _adapter_with_same_settings(self, adapter_name: str, config: PeftConfig) -> str | None:
         """Name of an adapter whose factors a new one must have too, even if they came from a file.
@@ -211,7 +154,7 @@ class TinyLoraModel(BaseTuner):
         parameter_name: str | None = None,
         **kwargs: Any,
     ) -> None:
-        plan = self._plans[current_key]
+        given = self._assignments[current_key]
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if parameter_name is not None:
             layer = wrapper_of_parameter(target, parameter_name)
@@ -222,21 +165,21 @@ class TinyLoraModel(BaseTuner):
             layer = target
         else:
             layer_cls = Embedding if isinstance(base_layer, nn.Embedding) else Linear
-            layer = layer_cls(target, self.tinylora_v, plan.backend)
+            layer = layer_cls(target, self.tinylora_v, given.backend)
             self._replace_module(parent, target_name, layer, target)
         vectors = self.tinylora_v[adapter_name]
-        for group in dict.fromkeys(plan.groups):
+        for group in dict.fromkeys(given.groups):
             if group not in vectors:
                 stored = layer.stored_tensor()
                 v = new_vector(config.u, config.init_weights, config.init_v_bound, working_dtype(stored.dtype))
                 vectors[group] = v.to(stored.device)
         layer.update_layer(
             adapter_name,
-            groups=plan.groups,
-            basis=plan.basis,
-            make_basis=plan.make_basis,
-            r=plan.r,
-            projection=plan.projection,
+            groups=given.groups,
+            basis=given.basis,
+            make_basis=given.make_basis,
+            r=given.r,
+            projection=given.projection,
             dropout=config.tinylora_dropout,
         )
 
@@ -323,46 +266,14 @@ class TinyLoraModel(BaseTuner):
         progressbar: bool = False,
     ) -> None:
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, TinyLoraLayer)}
-        for name, layer in layers.items():
-            layer.check_mergeable(name, dequantize_to is not None, stochastic_rounding_seed is not None)
-        report = MergeReport()
-        touched = []
-        try:
-            for name, layer in tqdm(layers.items(), desc="Merging", disable=not progressbar):
-                before = len(layer.merged_adapters)
-                generator = None
-                if stochastic_rounding_seed is not None:
-                    generator = torch.Generator().manual_seed(seed_of_module(stochastic_rounding_seed, name))
-                with onload_layer(layer):
-                    layer.merge(safe_merge, adapter_names, dequantize_to, generator)
-                if len(layer.merged_adapters) > before:
-                    touched.append(layer)
-                    report[name] = layer.survival
-        except Exception:
-            for layer in touched:
-                layer.unmerge()
-            raise
-        if report:
-            self.merge_report = report
-            self._warn_of_loss(report.total)
-
-    def _warn_of_loss(self, total: Survival) -> None:
-        # TRL merges and unmerges at every step that it sends to vLLM: once is enough.
-        if self._warned_of_loss or total.relative_error <= TOLERATED_LOSS:
+        report = merge_layers(layers, adapter_names, safe_merge, stochastic_rounding_seed, dequantize_to, progressbar)
+        if not report:
             return
-        self._warned_of_loss = True
-        if not math.isfinite(total.relative_error):
-            warnings.warn("Merging gave NaN or Inf: unmerge, and check the adapter.", stacklevel=4)
-            return
-        quantized = any(
-            layer.quantization_backend for layer in self.model.modules() if isinstance(layer, TinyLoraLayer)
-        )
-        remedy = "use merge_and_unload(dequantize=True)" if quantized else "load the base model in float32 to merge"
-        warnings.warn(
-            f"Merging lost {min(total.relative_error, 9.99):.0%} of the update to rounding (cosine with the exact one "
-            f"{total.cosine:.2f}; `merge_report` has every module). Keep the adapter unmerged, or {remedy}.",
-            stacklevel=4,
-        )
+        self.merge_report = report
+        # TRL merges and unmerges at every step that it sends to vLLM: one warning is enough.
+        if not self._warned_of_loss and not report.total.relative_error <= TOLERATED_LOSS:
+            self._warned_of_loss = True
+            warn_of_loss(report.total, quantized=any(layer.quantization_backend for layer in layers.values()))
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its vectors; see `BaseTuner.delete_adapter`."""
@@ -418,110 +329,7 @@ class TinyLoraModel(BaseTuner):
             self.unload()
 
 
-def read_from_file(config: PeftConfig) -> bool:
-    """Whether a config was read from an adapter's folder, so that its factors are about to be loaded."""
-    return isinstance(config, TinyLoraConfig) and config._from_file
-
-
-class TargetWeight:
-    """The weight of a target, whose module may be adapted already.
-
-    Args:
-        model (`nn.Module`): the model.
-        key (`str`): name of the module, or of the parameter.
-        parameter_name (`str`, *optional*): the last part of `key`, where it names a parameter.
-
-    Raises:
-        UnsupportedModuleError: if no basis can be taken from it; names it.
-    """
-
-    def __init__(self, model: nn.Module, key: str, parameter_name: str | None) -> None:
-        module = model.get_submodule(key if parameter_name is None else key.rpartition(".")[0])
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        self.adapted: TinyLoraLayer | None = None
-        self.backend = None
-        if parameter_name is None:
-            if isinstance(module, TinyLoraLayer):
-                self.adapted = module
-                self.backend = module.quantization_backend
-            else:
-                self.backend = quantization_backend(layer, model)
-                check_supported(layer, key, self.backend)
-            self.shape = matrix_shape(layer)
-        else:
-            check_parameter(getattr(layer, parameter_name), key)
-            self.adapted = wrapper_of_parameter(module, parameter_name)
-            self.shape = parameter_shape(layer, parameter_name)
-        self._layer, self._parameter_name = layer, parameter_name
-
-    def unmerged_matrix(self) -> torch.Tensor:
-        """W (out, in), or (experts, out, in), in fp32 or better."""
-        if self.adapted is not None:
-            return self.adapted.unmerged_matrix()
-        if self._parameter_name is not None:
-            return parameter_matrix(self._layer, self._parameter_name)
-        return dense_matrix(self._layer, self.backend)
-
-
-def wrapper_of_parameter(module: nn.Module, parameter_name: str) -> ParamWrapper | None:
-    """The wrapper of a parameter among those nested around a module."""
-    while isinstance(module, ParamWrapper):
-        if module.parameter_name == parameter_name:
-            return module
-        module = module.base_layer
-    return None
-
-
-def targets_in_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> list[Target]:
-    """The modules that the keys of an adapter's state dict belong to, in model order.
-
-    Raises:
-        AdapterFileError: if the model has no such module; names it.
-    """
-    wanted = {key.rpartition(".tinylora_")[0] for key in state_dict} - {""}  # "" is that of the vectors
-    names = [name for name, _ in model.named_modules() if name in wanted]
-    unknown = sorted(wanted - set(names))
-    if unknown:
-        raise AdapterFileError(
-            f"The state dict names {len(unknown)} modules that the model lacks, such as {unknown[0]!r}."
-        )
-    return [Target(name, [name], None) for name in names]
-
-
 def settings(config: PeftConfig) -> dict[str, Any]:
     """What of a config decides over the factors."""
     ignored = {"inference_mode", "base_model_name_or_path", "revision", "init_weights", "init_v_bound", "peft_version"}
     return {name: value for name, value in config.to_dict().items() if name not in ignored}
-
-
-def bounded_rank(config: PeftConfig, shape: tuple[int, ...], name: str) -> int:
-    """`config.r`; the smallest side of the weight where a config of PEFT's asks for more, as PEFT does.
-
-    Raises:
-        BasisError: if `r` of one of this package's configs is larger than that; names the module.
-    """
-    smallest = min(shape[-2:])
-    if config.r <= smallest:
-        return config.r
-    message = (
-        f"r={config.r} is larger than the smallest side of module {name!r}, whose weight is "
-        f"{' x '.join(map(str, shape))}"
-    )
-    from_peft = not isinstance(config, TinyLoraConfig) or (config._from_file and not config.uses_paper_conventions)
-    if not from_peft:
-        raise BasisError(f"{message}. Use r={smallest} or less, or name the module in `exclude_modules`.")
-    if not config.inference_mode:
-        warnings.warn(f"{message}: this module gets rank {smallest}.", stacklevel=2)
-    return smallest
-
-
-def warn_if_overparametrised(config: PeftConfig, groups: dict[str, int]) -> None:
-    """Warn where even the v that most modules read has more numbers than the R of all of them have entries."""
-    members = max(Counter(groups.values()).values(), default=1)
-    most = config.r**2 * members
-    if config.u > most:
-        warnings.warn(
-            f"u={config.u} numbers are trained for {members} module(s) with r={config.r}, which can tell only "
-            f"{most} of them apart; the rest change nothing but the step size. Use u={most} or less.",
-            stacklevel=2,
-        )

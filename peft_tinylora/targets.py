@@ -10,9 +10,11 @@ import copy
 from typing import NamedTuple
 
 import peft
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from .errors import AdapterFileError
 from .weight import PLAIN_LAYERS, quantization_backend
 
 
@@ -87,3 +89,19 @@ def expand_all_linear(config: peft.PeftConfig, model: nn.Module) -> peft.PeftCon
         }
         config.target_modules = set(config.target_modules) | quantized
     return config
+
+
+def targets_in_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor]) -> list[Target]:
+    """The modules that the keys of an adapter's state dict belong to, in model order.
+
+    Raises:
+        AdapterFileError: if the model has no such module; names it.
+    """
+    wanted = {key.rpartition(".tinylora_")[0] for key in state_dict} - {""}  # "" is that of the vectors
+    names = [name for name, _ in model.named_modules() if name in wanted]
+    unknown = sorted(wanted - set(names))
+    if unknown:
+        raise AdapterFileError(
+            f"The state dict names {len(unknown)} modules that the model lacks, such as {unknown[0]!r}."
+        )
+    return [Target(name, [name], None) for name in names]

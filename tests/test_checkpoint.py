@@ -13,8 +13,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, set_peft_m
 from safetensors.torch import load_file, save_file
 from support import fill_vectors
 
-from peft_tinylora import AdapterFileError, BasisMismatchError, ConfigError, TinyLoraConfig, TinyLoraLayer
-from peft_tinylora import model as model_module
+from peft_tinylora import AdapterFileError, BasisMismatchError, ConfigError, TinyLoraConfig, TinyLoraLayer, assignment
 
 
 TILED = {"r": 2, "u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
@@ -105,7 +104,7 @@ def test_loading_computes_no_basis(tiny_llama, tokens, saved, monkeypatch) -> No
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("a basis was computed")
 
-    monkeypatch.setattr(model_module, "compute_basis", forbidden)
+    monkeypatch.setattr(assignment, "compute_basis", forbidden)
     monkeypatch.setattr(torch.linalg, "svd", forbidden)
     folder, logits = saved
     model = PeftModel.from_pretrained(tiny_llama(), folder)

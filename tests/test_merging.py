@@ -9,7 +9,8 @@ from peft import get_peft_model
 from support import fill_vectors, make_tiny_llama
 
 from peft_tinylora import MergeError, TinyLoraConfig
-from peft_tinylora.merging import MergeReport, Survival, rounded, survival
+from peft_tinylora.merging import rounded
+from peft_tinylora.survival import MergeReport, Survival, survival
 
 
 CONFIG = {"r": 2, "u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}

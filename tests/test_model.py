@@ -10,8 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from support import fill_vectors
 
-from peft_tinylora import TinyLoraConfig, TinyLoraLayer, projection
-from peft_tinylora import model as model_module
+from peft_tinylora import TinyLoraConfig, TinyLoraLayer, assignment, projection
 
 
 TILED = {"r": 2, "u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
@@ -365,8 +364,8 @@ def test_status_names_the_adapters_of_each_layer(tiny_llama) -> None:
 
 def test_one_decomposition_for_each_module(tiny_llama, monkeypatch) -> None:
     calls = []
-    original = model_module.compute_basis
-    monkeypatch.setattr(model_module, "compute_basis", lambda *a, **k: calls.append(k["name"]) or original(*a, **k))
+    original = assignment.compute_basis
+    monkeypatch.setattr(assignment, "compute_basis", lambda *a, **k: calls.append(k["name"]) or original(*a, **k))
     get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
     assert len(calls) == len(set(calls)) == 28
 

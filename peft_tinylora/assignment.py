@@ -1,0 +1,169 @@
+"""A model, its targets and a config -> what each target gets: group, rank, basis, projection.
+
+Everything that can fail, for every target, before the first module is replaced.
+"""
+
+import functools
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.quantization_utils import QuantizationBackend
+from torch import nn
+
+from .basis import Basis, compute_basis
+from .config import TinyLoraConfig, conventions_of
+from .errors import BasisError
+from .experts import wrapper_of_parameter
+from .layer import TinyLoraLayer
+from .projection import draw_projection, seed_of_module
+from .targets import Target
+from .tying import group_modules, group_modules_by_ratio
+from .weight import (
+    check_parameter,
+    check_supported,
+    dense_matrix,
+    matrix_shape,
+    parameter_matrix,
+    parameter_shape,
+    quantization_backend,
+)
+
+
+class Assignment(NamedTuple):
+    """What one target, a module or a parameter, gets."""
+
+    groups: tuple[str, ...]  # one, or one for each expert
+    r: int
+    basis: Basis | None  # None: to be loaded
+    make_basis: Callable[[torch.Tensor], Basis]
+    projection: torch.Tensor  # (u, r, r), or (experts, u, r, r)
+    backend: QuantizationBackend | None  # None: the weight is a floating point one
+
+
+def assign(
+    model: nn.Module, targets: list[Target], config: PeftConfig, twin: str | None = None
+) -> dict[str, Assignment]:
+    """Settle what each target gets.
+
+    Args:
+        model (`nn.Module`): the base model, or one with adapters. Not changed.
+        targets (`list[Target]`): in model order.
+        config (`PeftConfig`): the adapter's.
+        twin (`str`, *optional*): name of an adapter whose factors the new one takes, even if they came from a file.
+
+    Returns:
+        `dict[str, Assignment]`: by the target's key.
+
+    Raises:
+        UnsupportedModuleError, BasisError, TyingError: name the target.
+    """
+    conventions = conventions_of(config)
+    names = [name for target in targets for name in target.names]
+    if conventions.from_paper:
+        groups = group_modules(names, conventions.tie, conventions.n_tie)
+    else:
+        groups = group_modules_by_ratio(names, config.weight_tying)
+    if not read_from_file(config):
+        warn_if_overparametrised(config, groups)
+
+    assignments = {}
+    for index, (key, own_names, parameter_name) in enumerate(targets):
+        weight = TargetWeight(model, key, parameter_name)
+        r = bounded_rank(config, weight.shape, key)
+        make_basis = functools.partial(
+            compute_basis, r=r, sigma=conventions.sigma, canonical=conventions.from_paper, name=key
+        )
+        if twin is not None and weight.adapted is not None and twin in weight.adapted.tinylora_A:
+            basis, projection = weight.adapted.copy_of_factors(twin)
+        else:
+            by_name = [seed_of_module(config.projection_seed, name) for name in own_names]
+            seeds = by_name if conventions.from_paper else [config.projection_seed + index]
+            draws = torch.stack([draw_projection(config.u, r, seed) for seed in seeds])
+            projection = draws if len(weight.shape) == 3 else draws[0]
+            basis = None if read_from_file(config) else make_basis(weight.unmerged_matrix())
+        own_groups = tuple(str(groups[name]) for name in own_names)
+        assignments[key] = Assignment(own_groups, r, basis, make_basis, projection, weight.backend)
+    return assignments
+
+
+class TargetWeight:
+    """The weight of a target, whose module may be adapted already.
+
+    Args:
+        model (`nn.Module`): the model.
+        key (`str`): name of the module, or of the parameter.
+        parameter_name (`str`, *optional*): the last part of `key`, where it names a parameter.
+
+    Raises:
+        UnsupportedModuleError: if no basis can be taken from it; names it.
+    """
+
+    def __init__(self, model: nn.Module, key: str, parameter_name: str | None) -> None:
+        module = model.get_submodule(key if parameter_name is None else key.rpartition(".")[0])
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        self.adapted: TinyLoraLayer | None = None
+        self.backend = None
+        if parameter_name is None:
+            if isinstance(module, TinyLoraLayer):
+                self.adapted = module
+                self.backend = module.quantization_backend
+            else:
+                self.backend = quantization_backend(layer, model)
+                check_supported(layer, key, self.backend)
+            self.shape = matrix_shape(layer)
+        else:
+            check_parameter(getattr(layer, parameter_name), key)
+            self.adapted = wrapper_of_parameter(module, parameter_name)
+            self.shape = parameter_shape(layer, parameter_name)
+        self._layer, self._parameter_name = layer, parameter_name
+
+    def unmerged_matrix(self) -> torch.Tensor:
+        """W (out, in), or (experts, out, in), in fp32 or better."""
+        if self.adapted is not None:
+            return self.adapted.unmerged_matrix()
+        if self._parameter_name is not None:
+            return parameter_matrix(self._layer, self._parameter_name)
+        return dense_matrix(self._layer, self.backend)
+
+
+def read_from_file(config: PeftConfig) -> bool:
+    """Whether a config was read from an adapter's folder, so that its factors are about to be loaded."""
+    return isinstance(config, TinyLoraConfig) and config._from_file
+
+
+def bounded_rank(config: PeftConfig, shape: tuple[int, ...], name: str) -> int:
+    """`config.r`; the smallest side of the weight where a config of PEFT's asks for more, as PEFT does.
+
+    Raises:
+        BasisError: if `r` of one of this package's configs is larger than that; names the module.
+    """
+    smallest = min(shape[-2:])
+    if config.r <= smallest:
+        return config.r
+    message = (
+        f"r={config.r} is larger than the smallest side of module {name!r}, whose weight is "
+        f"{' x '.join(map(str, shape))}"
+    )
+    from_peft = not isinstance(config, TinyLoraConfig) or (config._from_file and not config.uses_paper_conventions)
+    if not from_peft:
+        raise BasisError(f"{message}. Use r={smallest} or less, or name the module in `exclude_modules`.")
+    if not config.inference_mode:
+        warnings.warn(f"{message}: this module gets rank {smallest}.", stacklevel=2)
+    return smallest
+
+
+def warn_if_overparametrised(config: PeftConfig, groups: dict[str, int]) -> None:
+    """Warn where even the v that most modules read has more numbers than the R of all of them have entries."""
+    members = max(Counter(groups.values()).values(), default=1)
+    most = config.r**2 * members
+    if config.u > most:
+        warnings.warn(
+            f"u={config.u} numbers are trained for {members} module(s) with r={config.r}, which can tell only "
+            f"{most} of them apart; the rest change nothing but the step size. Use u={most} or less.",
+            stacklevel=2,
+        )
