@@ -21,7 +21,7 @@ def test_the_python_of_the_readme_runs_and_trains_thirteen_numbers(tmp_path) -> 
 
 def test_every_file_and_make_target_that_the_readme_names_exists() -> None:
     text = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"make ([a-z][a-z0-9-]+)", text))
+    targets = set(re.findall(r"(?:`|^)make ([a-z][a-z0-9-]+)", text, re.MULTILINE))
     makefile = (ROOT / "Makefile").read_text()
     assert targets and all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
     files = set(re.findall(r"\b((?:trl_recipes|peft_tinylora|tests)/[\w/.]+\.(?:py|yaml|jsonl|md))\b", text))
