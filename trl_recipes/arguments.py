@@ -11,7 +11,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
+from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, ScriptArguments, TrlParser
+from trl.scripts.grpo import GRPOScriptArguments
 
 
 class RecipeError(ValueError):
@@ -59,7 +61,8 @@ class RecipeArguments(ProblemArguments, ScriptArguments):
 
     Args:
         eval_dataset_name (`str`, *optional*):
-            Held-out problems, a dataset id or a local file. Without it: `dataset_test_split` of the training dataset.
+            Held-out problems, a dataset id or a local file. Without it: `dataset_test_split` of the training dataset,
+            where it has one.
         max_eval_problems (`int`, *optional*):
             Score on the first so many held-out problems only.
         score_batch_size (`int`, *optional*, defaults to `64`):
@@ -72,7 +75,7 @@ class RecipeArguments(ProblemArguments, ScriptArguments):
         default=None,
         metadata={
             "help": "Held-out problems: a dataset id or a local JSON, JSONL or Parquet file. Without it, "
-            "`dataset_test_split` of `dataset_name`."
+            "`dataset_test_split` of `dataset_name`, where it has one; with neither, nothing is scored."
         },
     )
     max_eval_problems: int | None = field(
@@ -87,6 +90,38 @@ class RecipeArguments(ProblemArguments, ScriptArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace a finished adapter in `output_dir` instead of refusing to start."}
     )
+
+
+@dataclass
+class GRPOArguments(RecipeArguments, GRPOScriptArguments):
+    """What grpo.py reads, besides TRL's own arguments: [`RecipeArguments`], and the rewards as `trl grpo` takes them.
+
+    Without `reward_funcs` and `reward_model_name_or_path` the reward is `exact_match_reward`, on the question and
+    answer columns.
+    """
+
+
+@dataclass
+class SFTArguments(RecipeArguments):
+    """What sft.py reads, besides TRL's own arguments: [`RecipeArguments`], and what follows.
+
+    Args:
+        completion_column (`str`, *optional*):
+            Column to learn from, after the question. Without it: rows in one of TRL's own formats are taken as they
+            are, and of others the whole text of `answer_column`.
+        max_completion_length (`int`, *optional*, defaults to `512`):
+            Most tokens in an answer when scoring.
+    """
+
+    completion_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column to learn from, after the question. Without it, rows in one of TRL's own formats "
+            "(messages, text, prompt and completion) are taken as they are, and of others the whole text of "
+            "`answer_column`."
+        },
+    )
+    max_completion_length: int = field(default=512, metadata={"help": "Most tokens in an answer when scoring."})
 
 
 @dataclass
@@ -108,6 +143,8 @@ class TinyLoraArguments:
             Modules to adapt.
         tinylora_exclude_modules (`list[str]`, *optional*):
             Modules to leave out.
+        tinylora_target_parameters (`list[str]`, *optional*):
+            Fused expert weights to adapt, beside the modules.
         tinylora_modules_to_save (`list[str]`, *optional*):
             Modules to train and save whole.
         tinylora_projection_seed (`int`, *optional*, defaults to `42`):
@@ -137,6 +174,10 @@ class TinyLoraArguments:
     )
     tinylora_exclude_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules to leave out: names, or one pattern."}
+    )
+    tinylora_target_parameters: list[str] | None = field(
+        default=None,
+        metadata={"help": "Fused expert weights to adapt, beside the modules: mlp.experts.gate_up_proj, say."},
     )
     tinylora_modules_to_save: list[str] | None = field(
         default=None, metadata={"help": "Modules to train and save whole, beside the adapter."}
@@ -221,11 +262,37 @@ def parse(classes: Sequence[type], usage: str, argv: Sequence[str] | None = None
 
 
 def refuse_lora_options(model_args: ModelConfig) -> None:
-    """Raises [`RecipeError`] where `ModelConfig` asks for a LoRA, which these recipes do not train."""
-    lora_fields = [f for f in fields(ModelConfig) if f.name.startswith("lora_") or f.name.startswith("use_")]
-    lora_fields = [f for f in lora_fields if f.name != "use_bnb_nested_quant"]
-    given = [f.name for f in lora_fields if getattr(model_args, f.name) != f.default]
+    """Raises [`RecipeError`] where `ModelConfig` asks for a LoRA, which these recipes do not train.
+
+    `use_peft` asks for an adapter only, and one is trained anyway.
+    """
+    names = [f.name for f in fields(ModelConfig) if f.name.startswith("lora_")] + ["use_rslora", "use_dora"]
+    defaults = {f.name: f.default for f in fields(ModelConfig)}
+    given = [name for name in names if getattr(model_args, name) != defaults[name]]
     if given:
         raise RecipeError(
             f"{', '.join(given)}: LoRA options, and this recipe trains TinyLoRA: use tinylora_* instead."
+        )
+
+
+def refuse_quantization_options(model_args: ModelConfig, use_vllm: bool = False) -> None:
+    """Raises [`RecipeError`] where a quantized base is asked for that cannot be loaded, or not with these rollouts."""
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        return
+    name = "load_in_4bit" if model_args.load_in_4bit else "load_in_8bit"  # ModelConfig refuses both
+    if not is_bitsandbytes_available():
+        raise RecipeError(
+            f"{name} needs bitsandbytes, which is missing or too old: pip install 'peft-tinylora[quantization]'."
+        )
+    if name == "load_in_4bit" and model_args.dtype in (None, "auto"):
+        raise RecipeError(
+            f"load_in_4bit with dtype: {model_args.dtype}: set dtype to the one to compute in, bfloat16 say."
+        )
+    if use_vllm:
+        why = {
+            "load_in_4bit": "TRL would send vLLM the packed 4-bit bytes as if they were the weights",
+            "load_in_8bit": "TRL cannot start vLLM on an 8-bit base",
+        }
+        raise RecipeError(
+            f"use_vllm with {name}: {why[name]}: set use_vllm: false, or {name}: false with dtype: bfloat16."
         )

@@ -1,9 +1,9 @@
 """Progress while a recipe trains: a short line in the terminal, a CSV row per logged step, and the curve as a PNG.
 
-Enters: what the trainer logs. Leaves: `reward_curve.csv`, flushed at every row so that it can be watched (and survives
-Ctrl-C), and `reward_curve.png`, drawn at the end from the CSV alone.
+Enters: what the trainer logs. Leaves: `reward_curve.csv` or `loss_curve.csv`, flushed at every row so that it can be
+watched (and survives Ctrl-C), and the same as PNG, drawn at the end from the CSV alone.
 
-A row's reward was earned by the v before the step; its v is the one after it.
+A row's reward or loss is that of the v before the step; its v is the one after it.
 """
 
 import csv
@@ -14,8 +14,8 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from trl_recipes.trainer_setup import trained_numbers
 
 
-# CSV column -> what TRL calls it in its logs
-COLUMNS = {
+# CSV column -> what TRL calls it in its logs. The first is what the curve shows; logs without it make no row.
+REWARD_COLUMNS = {
     "reward": "reward",
     "reward_std": "reward_std",
     "zero_std_groups": "frac_reward_zero_std",  # share of groups whose rewards are all equal: these teach nothing
@@ -23,24 +23,42 @@ COLUMNS = {
     "completion_tokens": "completions/mean_length",
     "learning_rate": "learning_rate",
 }
+LOSS_COLUMNS = {
+    "loss": "loss",
+    "token_accuracy": "mean_token_accuracy",
+    "grad_norm": "grad_norm",
+    "learning_rate": "learning_rate",
+}
+# What the terminal shows: name -> (what TRL calls it, format). The first is beside the progress bar too.
+REWARD_PROGRESS = {
+    "reward": ("reward", ".3f"),
+    "equal groups": ("frac_reward_zero_std", ".0%"),
+    "tokens": ("completions/mean_length", ".0f"),
+}
+LOSS_PROGRESS = {"loss": ("loss", ".3f"), "right tokens": ("mean_token_accuracy", ".0%")}
 MOST_VALUES = 32  # of v in a row; a longer v is there by its norm only
 MOVING_MEAN_ROWS = 10
 
 
-class RewardCurveCallback(TrainerCallback):
+class CurveCallback(TrainerCallback):
     """
     Writes a CSV row for each step that the trainer logs.
 
-    Columns: step, reward (mean), reward_std, zero_std_groups (share, 0 to 1), grad_norm (before clipping),
-    completion_tokens (mean), learning_rate, v_norm, and v_0, v_1, ... where v has at most 32 numbers.
+    Columns of GRPO: step, reward (mean), reward_std, zero_std_groups (share, 0 to 1), grad_norm (before clipping),
+    completion_tokens (mean), learning_rate, v_norm, and v_0, v_1, ... where v has at most 32 numbers. Of SFT: step,
+    loss (mean over tokens, in nats), token_accuracy (share, 0 to 1), grad_norm, learning_rate, and the same of v.
 
     Args:
         path (`Path`):
             The CSV file. A new run replaces it; a resumed one keeps the rows up to the step it resumes from.
+        columns (`dict[str, str]`):
+            `REWARD_COLUMNS` or `LOSS_COLUMNS`.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, columns: dict[str, str]):
         self.path = Path(path)
+        self.columns = columns
+        self.main = next(iter(columns.values()))
         self.file = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -53,18 +71,18 @@ class RewardCurveCallback(TrainerCallback):
         values = [f"v_{i}" for i in range(size)] if size <= MOST_VALUES else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, ["step", *COLUMNS, "v_norm", *values])
+        self.writer = csv.DictWriter(self.file, ["step", *self.columns, "v_norm", *values])
         self.writer.writeheader()
         self.writer.writerows(kept)
         self.file.flush()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         logs = kwargs["logs"]
-        if self.file is None or "reward" not in logs:  # the summary at the end has none
+        if self.file is None or self.main not in logs:  # the summary at the end, and those of evaluations
             return
         v = trained_numbers(kwargs["model"])
         row = {"step": state.global_step, "v_norm": v.norm().item()}
-        row |= {column: logs.get(key) for column, key in COLUMNS.items()}
+        row |= {column: logs.get(key) for column, key in self.columns.items()}
         if v.numel() <= MOST_VALUES:
             row |= {f"v_{i}": value for i, value in enumerate(v.tolist())}
         self.writer.writerow(row)
@@ -77,26 +95,34 @@ class RewardCurveCallback(TrainerCallback):
 
 
 class ShortProgressCallback(ProgressCallback):
-    """transformers' progress bar with the reward beside it, and one short line for every tenth of the run.
+    """
+    transformers' progress bar with the reward or loss beside it, and one short line for every tenth of the run.
 
     Trainer's own callback writes each log, some twenty metrics, as a line.
+
+    Args:
+        shown (`dict[str, tuple[str, str]]`):
+            `REWARD_PROGRESS` or `LOSS_PROGRESS`.
     """
+
+    def __init__(self, shown: dict[str, tuple[str, str]]):
+        super().__init__()
+        self.shown = shown
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         logs = kwargs["logs"]
-        if self.training_bar is None or "reward" not in logs:
+        main, (key, _) = next(iter(self.shown.items()))
+        if self.training_bar is None or key not in logs:
             return
-        self.training_bar.set_postfix_str(f"reward {logs['reward']:.2f}", refresh=False)
+        self.training_bar.set_postfix_str(f"{main} {logs[key]:.2f}", refresh=False)
         every = max(1, state.max_steps // 10)
         if state.global_step % every < state.logging_steps or state.global_step == state.max_steps:
-            self.training_bar.write(
-                f"step {state.global_step:>5}/{state.max_steps}  reward {logs['reward']:.3f}  "
-                f"equal groups {logs['frac_reward_zero_std']:.0%}  tokens {logs['completions/mean_length']:.0f}"
-            )
+            values = [f"{name} {logs[key]:{form}}" for name, (key, form) in self.shown.items()]
+            self.training_bar.write(f"step {state.global_step:>5}/{state.max_steps}  " + "  ".join(values))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
-    """Reads a reward curve's CSV: one dict of strings a row."""
+    """Reads a curve's CSV: one dict of strings a row."""
     with Path(path).open(newline="") as file:
         return list(csv.DictReader(file))
 
@@ -107,44 +133,63 @@ def moving_mean(values: list[float], width: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def draw_reward_curve(
-    csv_path: Path, png_path: Path, title: str, before: dict[str, float], after: dict[str, float]
+def draw_curve(
+    csv_path: Path,
+    png_path: Path,
+    title: str,
+    column: str,
+    before: dict[str, float] | None,
+    after: dict[str, float] | None,
+    *,
+    is_share: bool,
 ) -> None:
     """
-    Draws reward against step, with its moving mean and the held-out accuracies before and after.
+    Draws a column against the step, with its moving mean and the held-out accuracies before and after.
 
     Args:
         csv_path (`Path`):
-            What [`RewardCurveCallback`] wrote.
+            What [`CurveCallback`] wrote.
         png_path (`Path`):
             Where the picture goes.
         title (`str`):
             One line above it.
-        before (`dict[str, float]`):
-            Held-out accuracy before training (0 to 1) by name: `{"greedy": 0.4, "sampled": 0.3}`.
-        after (`dict[str, float]`):
+        column (`str`):
+            "reward" or "loss".
+        before (`dict[str, float]`, *optional*):
+            Held-out accuracy before training (0 to 1) by name: `{"greedy": 0.4, "sampled": 0.3}`. None: not measured.
+        after (`dict[str, float]`, *optional*):
             The same after training.
+        is_share (`bool`):
+            Whether the column is a share of correct answers itself (the exact-match reward), so that the accuracies
+            belong on its axis. Else they get one of their own, on the right.
     """
     # Not pyplot, which would pick a display: drawn on a canvas in memory.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row for row in read_rows(csv_path) if row["reward"]]
+    rows = [row for row in read_rows(csv_path) if row[column]]
     steps = [int(row["step"]) for row in rows]
-    rewards = [float(row["reward"]) for row in rows]
+    values = [float(row[column]) for row in rows]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    axes.plot(steps, rewards, color="tab:blue", alpha=0.3, label="reward of the step's samples")
+    axes.plot(steps, values, color="tab:blue", alpha=0.3, label=f"{column} of the step's samples")
     axes.plot(
-        steps, moving_mean(rewards, MOVING_MEAN_ROWS), color="tab:blue", label=f"mean of the last {MOVING_MEAN_ROWS}"
+        steps, moving_mean(values, MOVING_MEAN_ROWS), color="tab:blue", label=f"mean of the last {MOVING_MEAN_ROWS}"
     )
+    axes.set(xlabel="step", ylabel=column, title=title)
+    axes.grid(alpha=0.3)
+    share_axes = axes if is_share else axes.twinx() if before is not None else None
+    if share_axes is not None:
+        share_axes.set(ylabel="share correct", ylim=(0, 1.08))
     last = steps[-1] if steps else 1
     # Greedy above its dots, sampled below: the two may be close.
-    for name, colour, above in zip(before, ("tab:red", "tab:green"), (8, -16), strict=True):
-        axes.plot([0, last], [before[name], after[name]], "o", color=colour, clip_on=False, label=f"held out, {name}")
+    for name, colour, above in zip(before or {}, ("tab:red", "tab:green"), (8, -16), strict=False):
+        share_axes.plot(
+            [0, last], [before[name], after[name]], "o", color=colour, clip_on=False, label=f"held out, {name}"
+        )
         for step, value, side in [(0, before[name], "left"), (last, after[name], "right")]:
-            axes.annotate(f"{value:.1%}", (step, value), (0, above), textcoords="offset points", ha=side, color=colour)
-    axes.set(xlabel="step", ylabel="share correct", ylim=(0, 1.08), title=title)
-    axes.grid(alpha=0.3)
+            share_axes.annotate(
+                f"{value:.1%}", (step, value), (0, above), textcoords="offset points", ha=side, color=colour
+            )
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     FigureCanvasAgg(figure).print_png(png_path)

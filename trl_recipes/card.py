@@ -30,11 +30,12 @@ def write_card(
     name: str,
     base_model: str,
     datasets: list[str],
-    eval_dataset: str,
+    eval_dataset: str | None,
     method: str,
+    curve: str,
     vector: list[float],
-    before: dict[str, float],
-    after: dict[str, float],
+    before: dict[str, float] | None,
+    after: dict[str, float] | None,
     problems: int,
     settings: dict[str, object],
     command: str,
@@ -49,10 +50,12 @@ def write_card(
         name (`str`): the adapter's name, its title.
         base_model (`str`): id or folder of the base. A folder stays out of the metadata: the Hub refuses a path.
         datasets (`list[str]`): ids and files of the training problems; the same rule.
-        eval_dataset (`str`): id or file of the held-out problems.
-        method (`str`): "GRPO".
+        eval_dataset (`str`, *optional*): id or file of the held-out problems.
+        method (`str`): "GRPO" or "SFT".
+        curve (`str`): what the CSV and PNG of the run show, "reward" or "loss".
         vector (`list[float]`): the trained numbers.
-        before, after (`dict[str, float]`): held-out accuracy (0 to 1) by way of decoding, "greedy" and "sampled".
+        before, after (`dict[str, float]`, *optional*): held-out accuracy (0 to 1) by way of decoding, "greedy" and
+            "sampled". None where there were no held-out problems.
         problems (`int`): held-out problems that were scored.
         settings (`dict[str, object]`): what was set, shown as a table.
         command (`str`): the command that made the adapter.
@@ -86,8 +89,9 @@ def write_card(
                 metric_name=f"accuracy, {decoding}",
                 metric_value=round(value, 4),
             )
-            for decoding, value in after.items()
-        ],
+            for decoding, value in (after or {}).items()
+        ]
+        or None,  # an empty list would be written as an empty model-index
     )
     card = ModelCard.from_template(
         data,
@@ -95,8 +99,9 @@ def write_card(
         name=name,
         base=relative(base_model),
         datasets=[relative(dataset) for dataset in datasets],
-        eval_dataset=relative(eval_dataset),
+        eval_dataset=None if eval_dataset is None else relative(eval_dataset),
         method=method,
+        curve=curve,
         vector=vector,
         before=before,
         after=after,

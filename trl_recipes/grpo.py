@@ -3,6 +3,9 @@
     accelerate launch trl_recipes/grpo.py --config trl_recipes/configs/embedded_grpo.yaml
     python trl_recipes/grpo.py --config ... --learning_rate 0.005 --output_dir outputs/slower
 
+Takes every option of `trl grpo` but those of LoRA, and the `tinylora_*` ones. Without `reward_funcs` the reward is
+`exact_match_reward`; with them they read the dataset's columns, as they do there.
+
 Leaves in `output_dir`: the adapter (adapter_model.safetensors, adapter_config.json), README.md (the model card),
 reward_curve.csv and reward_curve.png. The last line of stdout is one JSON object with the result.
 
@@ -10,40 +13,54 @@ parse -> data -> model -> trainer -> train -> save
 """
 
 import json
+import logging
 import os
-import shlex
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 
 START = time.time()
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggingface_hub is imported
+# bitsandbytes warns at import that an optional CPU kernel is missing, and on 8-bit bases that inputs are cast.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import transformers  # noqa: E402
 from accelerate import PartialState  # noqa: E402
-from datasets import Dataset  # noqa: E402
 from packaging.version import Version  # noqa: E402
-from peft import PeftModel  # noqa: E402
-from transformers import PreTrainedTokenizerBase, ProgressCallback  # noqa: E402
+from transformers import ProgressCallback  # noqa: E402
 from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, ModelConfig  # noqa: E402
 
 from peft_tinylora import TinyLoraError  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
-    ProblemArguments,
-    RecipeArguments,
+    GRPOArguments,
     RecipeError,
-    ScoreArguments,
     TinyLoraArguments,
     parse,
     refuse_lora_options,
+    refuse_quantization_options,
 )
-from trl_recipes.callbacks import RewardCurveCallback, ShortProgressCallback, draw_reward_curve  # noqa: E402
+from trl_recipes.callbacks import (  # noqa: E402
+    REWARD_COLUMNS,
+    REWARD_PROGRESS,
+    CurveCallback,
+    ShortProgressCallback,
+    draw_curve,
+)
 from trl_recipes.card import command_line, write_card  # noqa: E402
-from trl_recipes.problems import dataset_names, load_train_and_held_out, to_problems  # noqa: E402
-from trl_recipes.rewards import exact_match_reward  # noqa: E402
-from trl_recipes.score import score  # noqa: E402
+from trl_recipes.problems import (  # noqa: E402
+    NOT_SCORED,
+    NOTHING_TO_EVALUATE,
+    column_names,
+    dataset_names,
+    held_out_problems,
+    load_train_and_held_out,
+    to_problems,
+    to_prompts,
+)
+from trl_recipes.rewards import check_rewards, load_rewards  # noqa: E402
+from trl_recipes.score import score_both_ways, score_command  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
     hide_known_noise,
@@ -57,7 +74,7 @@ from trl_recipes.trainer_setup import (  # noqa: E402
 )
 
 
-ARGUMENT_CLASSES = (RecipeArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig, TinyLoraArguments)
+ARGUMENT_CLASSES = (GRPOArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig, TinyLoraArguments)
 MOST_PRINTED = 64  # trained numbers shown in the terminal
 USAGE = "grpo.py --config FILE.yaml [--option value ...]   (--help lists every option)"
 
@@ -68,6 +85,7 @@ def main() -> None:
     hide_known_noise()
     recipe_args, training_args, model_args, mixture_args, tinylora_args = parse(ARGUMENT_CLASSES, USAGE)
     refuse_lora_options(model_args)
+    refuse_quantization_options(model_args, training_args.use_vllm)
     refuse_rounding_options(training_args)
     output_dir = Path(training_args.output_dir)
     say = PartialState().print  # on the main process only
@@ -81,10 +99,20 @@ def main() -> None:
 
     # --- data
     tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
+    rewards = load_rewards(recipe_args)
+    is_exact_match = list(rewards) == ["exact_match_reward"]
     train_rows, held_out_rows = load_train_and_held_out(recipe_args, mixture_args)
-    train_problems = to_problems(train_rows, recipe_args, tokenizer.chat_template is not None)
-    held_out = to_problems(held_out_rows, recipe_args, tokenizer.chat_template is not None)
-    held_out = held_out.take(min(recipe_args.max_eval_problems or len(held_out), len(held_out)))
+    to_dataset = to_problems if is_exact_match else to_prompts
+    has_chat_template = tokenizer.chat_template is not None
+    train_dataset = to_dataset(train_rows, recipe_args, has_chat_template)
+    check_rewards(rewards, column_names(train_dataset), next(iter(train_dataset))["prompt"])
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        if held_out_rows is None:
+            raise RecipeError(NOTHING_TO_EVALUATE)
+        eval_dataset = to_dataset(held_out_rows, recipe_args, has_chat_template)
+    held_out = held_out_problems(held_out_rows, recipe_args, has_chat_template)
+    problems = 0 if held_out is None else len(held_out)
 
     # --- model
     model = load_model(model_args, training_args.trust_remote_code, training_args.model_init_kwargs)
@@ -92,27 +120,32 @@ def main() -> None:
     tinylora = tinylora_config(tinylora_args)
 
     # --- trainer
-    curve = RewardCurveCallback(output_dir / "reward_curve.csv")
+    curve = CurveCallback(output_dir / "reward_curve.csv", REWARD_COLUMNS)
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=exact_match_reward,
+        reward_funcs=list(rewards.values()),
         args=training_args,
-        train_dataset=train_problems,
-        eval_dataset=held_out if training_args.eval_strategy != "no" else None,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
         processing_class=tokenizer,
         peft_config=tinylora,
         callbacks=[curve],
     )
     keep_vector_in_fp32(trainer)
     if trainer.pop_callback(ProgressCallback) is not None:
-        trainer.add_callback(ShortProgressCallback)
+        trainer.add_callback(ShortProgressCallback(REWARD_PROGRESS))
 
     # --- train
     trained_parameters = count_trained(trainer.model)
-    say(f"{model_args.model_name_or_path}: training {trained_parameters} numbers in fp32, {len(held_out)} held out")
+    say(f"{model_args.model_name_or_path}: training {trained_parameters} numbers in fp32, {problems} held out")
     with trainer.model.disable_adapter():
-        before = score_both_ways(trainer.model, tokenizer, held_out, recipe_args, training_args)
-    say(f"before: greedy {before['greedy']:.1%}, sampled {before['sampled']:.1%}")
+        before, _ = score_both_ways(
+            trainer.model, tokenizer, held_out, recipe_args, training_args.max_completion_length
+        )
+    if before is None:
+        say(NOT_SCORED)
+    else:
+        say(f"before: greedy {before['greedy']:.1%}, sampled {before['sampled']:.1%}")
     started = time.time()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     grpo_seconds = time.time() - started
@@ -121,34 +154,45 @@ def main() -> None:
     save_adapter(trainer, output_dir)  # first of all: scoring takes a while, and Ctrl-C must not cost the training
     # Scored outside of mixed precision, as a later process will score it.
     policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    after = score_both_ways(policy, tokenizer, held_out, recipe_args, training_args)
+    after, answers_sha256 = score_both_ways(
+        policy, tokenizer, held_out, recipe_args, training_args.max_completion_length
+    )
     if Version(transformers.__version__) >= Version("5.18"):  # remove when that is the oldest supported
         trainer.end()
     if not PartialState().is_main_process:
         return
     adapter_bytes = (output_dir / "adapter_model.safetensors").stat().st_size
     vector = trained_numbers(policy).tolist()
-    question = held_out[0]["prompt"]
+    question = "YOUR PROMPT" if held_out is None else held_out[0]["prompt"]
     try_it = (
         "import peft_tinylora, transformers\n"
         f'print(transformers.pipeline("text-generation", {str(output_dir)!r})({question!r}, do_sample=False, '
         f'max_new_tokens={training_args.max_completion_length})[0]["generated_text"])'
     )
-    score_again = score_command(output_dir, recipe_args, training_args, model_args)
-    draw_reward_curve(curve.path, output_dir / "reward_curve.png", f"{output_dir.name}: GRPO reward", before, after)
+    score_again = None
+    if held_out is not None:
+        score_again = score_command(
+            output_dir, recipe_args, training_args, model_args, training_args.max_completion_length
+        )
+    title = f"{output_dir.name}: GRPO reward"
+    picture = output_dir / "reward_curve.png"
+    draw_curve(curve.path, picture, title, "reward", before, after, is_share=is_exact_match)
     names = dataset_names(recipe_args, mixture_args)
     write_card(
         output_dir / "README.md",
         name=output_dir.name,
         base_model=model_args.model_name_or_path,
         datasets=names,
-        eval_dataset=recipe_args.eval_dataset_name or names[0],
+        eval_dataset=None if held_out is None else recipe_args.eval_dataset_name or names[0],
         method="GRPO",
+        curve="reward",
         vector=vector,
         before=before,
         after=after,
-        problems=len(held_out),
-        settings=settings_table(recipe_args, training_args, model_args, tinylora_args, trainer.state.max_steps),
+        problems=problems,
+        settings=settings_table(
+            recipe_args, training_args, model_args, tinylora_args, rewards, trainer.state.max_steps
+        ),
         command=command_line(training_args.world_size),
         try_it=try_it,
         score_again=score_again,
@@ -163,22 +207,26 @@ def main() -> None:
     print(f"\n{len(vector)} trained numbers{':' if shown == vector else f', the first {len(shown)}:'}")
     for start in range(0, len(shown), 7):
         print("  " + " ".join(f"{value:+.5f}" for value in shown[start : start + 7]))
-    print(f"\n{'held out':<12}{'before':>8}{'after':>8}")
-    for decoding in after:
-        print(f"{decoding:<12}{before[decoding]:>8.1%}{after[decoding]:>8.1%}")
+    if after is not None:
+        print(f"\n{'held out':<12}{'before':>8}{'after':>8}")
+        for decoding in after:
+            print(f"{decoding:<12}{before[decoding]:>8.1%}{after[decoding]:>8.1%}")
     print(
         f"\nsaved in {output_dir}: the adapter ({adapter_bytes} bytes), README.md, reward_curve.csv, reward_curve.png"
     )
     if score_again is not None:
         print(f"score it again: {score_again}")
     print(f"try it:\n\n{try_it}\n")
+    scores = {
+        f"{decoding}_{when}": None if values is None else values[decoding]
+        for decoding in ("greedy", "sampled")
+        for when, values in (("before", before), ("after", after))
+    }
     result = {
         "trained_parameters": trained_parameters,
-        "greedy_before": before["greedy"],
-        "greedy_after": after["greedy"],
-        "sampled_before": before["sampled"],
-        "sampled_after": after["sampled"],
-        "problems": len(held_out),
+        **scores,
+        "greedy_answers_sha256": answers_sha256,
+        "problems": problems,
         "grpo_seconds": round(grpo_seconds, 1),
         "total_seconds": round(time.time() - float(os.environ.get("TINYLORA_DEMO_START", START)), 1),
         "adapter_bytes": adapter_bytes,
@@ -186,58 +234,12 @@ def main() -> None:
     print(json.dumps(result), flush=True)
 
 
-def score_both_ways(
-    model: PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Dataset,
-    recipe_args: RecipeArguments,
-    training_args: GRPOConfig,
-) -> dict[str, float]:
-    """Returns the share of problems solved (0 to 1), "greedy" and "sampled" at temperature 1."""
-    return {
-        decoding: score(
-            model,
-            tokenizer,
-            problems,
-            batch_size=recipe_args.score_batch_size,
-            max_completion_length=training_args.max_completion_length,
-            sampled=decoding == "sampled",
-            progress=decoding if PartialState().is_main_process else None,
-        ).fraction
-        for decoding in ("greedy", "sampled")
-    }
-
-
-def score_command(
-    output_dir: Path, recipe_args: RecipeArguments, training_args: GRPOConfig, model_args: ModelConfig
-) -> str | None:
-    """Returns the command that measures the held-out accuracy of the saved adapter again; None after a mixture."""
-    dataset = recipe_args.eval_dataset_name or recipe_args.dataset_name
-    if dataset is None:  # the held-out part was split off at random
-        return None
-    options = {
-        "adapter": output_dir,
-        "dataset": dataset,
-        "dataset_config": None if recipe_args.eval_dataset_name else recipe_args.dataset_config,
-        "dataset_split": recipe_args.dataset_test_split,
-        "dtype": model_args.dtype,
-        "batch_size": recipe_args.score_batch_size,
-        "max_completion_length": training_args.max_completion_length,
-        "max_problems": recipe_args.max_eval_problems,
-        "use_cpu": training_args.use_cpu,
-        "sampled": True,
-    }
-    options |= {f.name: getattr(recipe_args, f.name) for f in fields(ProblemArguments)}
-    defaults = {f.name: f.default for f in fields(ScoreArguments)}
-    given = [(name, str(value)) for name, value in options.items() if value != defaults.get(name)]
-    return "python trl_recipes/score.py " + shlex.join(part for name, value in given for part in (f"--{name}", value))
-
-
 def settings_table(
-    recipe_args: RecipeArguments,
+    recipe_args: GRPOArguments,
     training_args: GRPOConfig,
     model_args: ModelConfig,
     tinylora_args: TinyLoraArguments,
+    rewards: dict[str, object],
     steps: int,
 ) -> dict[str, object]:
     """Returns the settings that the card shows: those of the adapter, and the training ones that change the result."""
@@ -245,6 +247,7 @@ def settings_table(
         "dtype of the base": model_args.dtype,
         "learning rate": f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type.value}",
         "steps": steps,
+        "reward": ", ".join(rewards),
         "completions a step": training_args.generation_batch_size,
         "completions a problem": training_args.num_generations,
         "most tokens in a completion": training_args.max_completion_length,

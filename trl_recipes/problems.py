@@ -1,21 +1,32 @@
-"""Raw rows -> problems: {"prompt", "answer"}, the two columns that the trainer, the reward and the score read.
+"""Raw rows -> problems {"prompt", "answer"} to score on, and the rows that each trainer reads.
 
 Enters: a dataset id, a local file or a mixture; the names of the columns that hold question and answer; a template.
-Leaves: a `datasets.Dataset` (or a stream) with "prompt" (a string, or a list of chat messages) and "answer" (the bare
-true answer as a string, also where the row holds a whole GSM8K solution).
+Leaves: a `datasets.Dataset` (or a stream) with "prompt" (a string, or a list of chat messages) and
+- "answer", the bare true answer as a string, also where the row holds a whole GSM8K solution (`to_problems`);
+- for GRPO with the user's own reward functions, all other columns, untouched, for those to read (`to_prompts`);
+- for SFT "completion", or rows in one of TRL's own formats as they are (`to_examples`).
 """
 
 from pathlib import Path
 
-from datasets import Dataset, IterableDataset, load_dataset
+from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
 from trl import DatasetMixtureConfig, get_dataset
 
-from trl_recipes.arguments import ProblemArguments, RecipeArguments, RecipeError
+from trl_recipes.arguments import ProblemArguments, RecipeArguments, RecipeError, SFTArguments
 from trl_recipes.rewards import gold_answer
 
 
 QUESTION = "{question}"
+RAW = "raw_question"  # a name of its own, because map keeps the type of a column that keeps its name
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+NOT_SCORED = (
+    "no held-out problems, so nothing is scored: set eval_dataset_name to rows with a question_column and an "
+    "answer_column"
+)
+NOTHING_TO_EVALUATE = (
+    "eval_strategy needs held-out rows, and there are none: set eval_dataset_name, or eval_strategy: no."
+)
 
 
 def load_rows(
@@ -50,18 +61,18 @@ def load_rows(
 
 def load_train_and_held_out(
     recipe_args: RecipeArguments, mixture_args: DatasetMixtureConfig
-) -> tuple[Dataset | IterableDataset, Dataset]:
+) -> tuple[Dataset | IterableDataset, Dataset | None]:
     """
-    Loads the rows to train on and the rows to score on, which are never the same ones.
+    Loads the rows to train on and the rows held out, which are never the same ones; None where there are none.
 
     Args:
         recipe_args ([`RecipeArguments`]):
-            `dataset_name`, its configuration and splits, and `eval_dataset_name`.
+            `dataset_name`, its configuration and splits, `eval_dataset_name` and `max_eval_problems`.
         mixture_args ([`~trl.DatasetMixtureConfig`]):
             `datasets`, a mixture, in place of `dataset_name`.
 
     Raises:
-        RecipeError: if there is nothing to train on, nothing to score on, or it cannot be loaded.
+        RecipeError: if there is nothing to train on, or what was named cannot be loaded.
     """
     name, config = recipe_args.dataset_name, recipe_args.dataset_config
     held_out = None
@@ -76,13 +87,16 @@ def load_train_and_held_out(
     else:
         raise RecipeError("no problems to train on: set dataset_name, or datasets for a mixture.")
 
+    split = recipe_args.dataset_test_split
     if recipe_args.eval_dataset_name is not None:
-        return train, load_rows(recipe_args.eval_dataset_name, split=recipe_args.dataset_test_split)
+        held_out = load_rows(recipe_args.eval_dataset_name, split=split)
+    elif not mixture_args.datasets and Path(name).suffix not in FILE_FORMATS:
+        # A split that was named must be there; the default one may be missing, as many datasets have no test split.
+        if split != RecipeArguments.dataset_test_split or split in get_dataset_split_names(name, config):
+            held_out = load_rows(name, config, split)
     if held_out is not None:
-        return train, held_out
-    if mixture_args.datasets or Path(name).suffix in FILE_FORMATS:
-        raise RecipeError("no held-out problems: set eval_dataset_name (or test_split_size, for a mixture).")
-    return train, load_rows(name, config, recipe_args.dataset_test_split)
+        held_out = held_out.take(min(recipe_args.max_eval_problems or len(held_out), len(held_out)))
+    return train, held_out
 
 
 def dataset_names(recipe_args: RecipeArguments, mixture_args: DatasetMixtureConfig) -> list[str]:
@@ -116,22 +130,100 @@ def to_problems(
     Raises:
         RecipeError: if a column is missing, or `chat` is asked of a tokenizer without a chat template.
     """
-    columns = rows.column_names or list(next(iter(rows)))
-    for option, column in [("question_column", arguments.question_column), ("answer_column", arguments.answer_column)]:
-        if column not in columns:
-            raise RecipeError(f"the dataset has no column {column!r}, only {columns}: set {option} to one of them.")
-    if arguments.chat and not has_chat_template:
-        raise RecipeError("chat: true needs a tokenizer with a chat template, and this one has none: set chat: false.")
+    check_columns(rows, question_column=arguments.question_column, answer_column=arguments.answer_column)
+    check_chat(arguments, has_chat_template)
 
     def to_problem(row: dict) -> dict:
         return {
-            "prompt": build_prompt(row["raw_question"], arguments.prompt_template, arguments.chat),
+            "prompt": build_prompt(row[RAW], arguments.prompt_template, arguments.chat),
             "answer": gold_answer(row["raw_answer"]),
         }
 
-    # New names, because map keeps the type of a column that keeps its name, and an integer would stay one.
-    raw = {arguments.question_column: "raw_question", arguments.answer_column: "raw_answer"}
+    raw = {arguments.question_column: RAW, arguments.answer_column: "raw_answer"}  # an integer would stay one
     return rows.select_columns(list(raw)).rename_columns(raw).map(to_problem, remove_columns=list(raw.values()))
+
+
+def held_out_problems(rows: Dataset | None, arguments: ProblemArguments, has_chat_template: bool) -> Dataset | None:
+    """
+    Turns held-out rows into problems; None where there is nothing to score: no rows, or no question and answer.
+
+    A column of another name than the default was named by the user and must be there, see [`to_problems`].
+    """
+    if rows is None:
+        return None
+    missing = {arguments.question_column, arguments.answer_column} - set(rows.column_names)
+    if missing and missing <= {ProblemArguments.question_column, ProblemArguments.answer_column}:
+        return None
+    return to_problems(rows, arguments, has_chat_template)
+
+
+def to_prompts(
+    rows: Dataset | IterableDataset, arguments: ProblemArguments, has_chat_template: bool
+) -> Dataset | IterableDataset:
+    """
+    Turns raw rows into what GRPO reads with the user's own reward functions.
+
+    Returns:
+        `Dataset` or `IterableDataset`: "prompt", made from the question column, and every other column as it was.
+
+    Raises:
+        RecipeError: if the question column is missing, or `chat` is asked of a tokenizer without a chat template.
+    """
+    check_columns(rows, question_column=arguments.question_column)
+    check_chat(arguments, has_chat_template)
+    question = arguments.question_column
+    if question == "prompt":
+        rows, question = rows.rename_column("prompt", RAW), RAW
+    elif "prompt" in column_names(rows):
+        rows = rows.remove_columns("prompt")
+    rows = rows.map(lambda row: {"prompt": build_prompt(row[question], arguments.prompt_template, arguments.chat)})
+    return rows.remove_columns(RAW) if question == RAW else rows
+
+
+def to_examples(
+    rows: Dataset | IterableDataset, arguments: SFTArguments, text_column: str, has_chat_template: bool
+) -> Dataset | IterableDataset:
+    """
+    Turns raw rows into what SFT reads.
+
+    Args:
+        rows (`Dataset` or `IterableDataset`):
+            Rows in one of TRL's own formats, or with a column of questions and one to learn from.
+        arguments ([`SFTArguments`]):
+            Column names, template, and whether to make chat messages.
+        text_column (`str`):
+            `dataset_text_field` of [`~trl.SFTConfig`].
+        has_chat_template (`bool`):
+            Whether the model's tokenizer has a chat template, which `chat` needs.
+
+    Returns:
+        `Dataset` or `IterableDataset`: the rows as they are, or the columns "prompt" and "completion" only.
+
+    Raises:
+        RecipeError: if a column is missing, or `chat` is asked of a tokenizer without a chat template.
+    """
+    check_chat(arguments, has_chat_template)
+    columns = set(column_names(rows))
+    question, completion = arguments.question_column, arguments.completion_column
+    if completion is None and (question == "prompt" or question not in columns):
+        if {"prompt", "completion"} <= columns:
+            if arguments.prompt_template == QUESTION and not arguments.chat:
+                return rows
+            question, completion = "prompt", "completion"
+        elif {"messages", "conversations", text_column, "input_ids"} & columns:
+            return rows
+    if completion is None:
+        check_columns(rows, question_column=question, answer_column=arguments.answer_column)
+        completion = arguments.answer_column
+    else:
+        check_columns(rows, question_column=question, completion_column=completion)
+
+    def to_example(row: dict) -> dict:
+        prompt = build_prompt(row[RAW], arguments.prompt_template, arguments.chat)
+        return {"prompt": prompt, "completion": build_completion(row["raw_completion"], not isinstance(prompt, str))}
+
+    raw = {question: RAW, completion: "raw_completion"}
+    return rows.select_columns(list(raw)).rename_columns(raw).map(to_example, remove_columns=list(raw.values()))
 
 
 def build_prompt(question: str | list[dict], template: str, chat: bool) -> str | list[dict]:
@@ -143,6 +235,32 @@ def build_prompt(question: str | list[dict], template: str, chat: bool) -> str |
     # Not str.format: templates for MATH hold LaTeX braces.
     text = template.replace(QUESTION, question)
     return [{"role": "user", "content": text}] if chat else text
+
+
+def build_completion(completion: str | int | float | list[dict], chat: bool) -> str | list[dict]:
+    """Returns a completion as text or, after a prompt of chat messages, as the assistant's message."""
+    if isinstance(completion, list):
+        return completion
+    return [{"role": "assistant", "content": str(completion)}] if chat else str(completion)
+
+
+def column_names(rows: Dataset | IterableDataset) -> list[str]:
+    """Returns the names of the columns, also of a stream that does not know them before its first row."""
+    return rows.column_names or list(next(iter(rows)))
+
+
+def check_columns(rows: Dataset | IterableDataset, **columns: str) -> None:
+    """Raises [`RecipeError`] where a column is missing; the keyword is the option that names it."""
+    there = column_names(rows)
+    for option, column in columns.items():
+        if column not in there:
+            raise RecipeError(f"the dataset has no column {column!r}, only {there}: set {option} to one of them.")
+
+
+def check_chat(arguments: ProblemArguments, has_chat_template: bool) -> None:
+    """Raises [`RecipeError`] where `chat` is asked of a tokenizer without a chat template."""
+    if arguments.chat and not has_chat_template:
+        raise RecipeError("chat: true needs a tokenizer with a chat template, and this one has none: set chat: false.")
 
 
 def first_line(error: Exception) -> str:

@@ -6,13 +6,28 @@ and does not say which one it is has not solved the problem, and is told so.
 
 Numbers are compared as exact fractions, so that 72, 72.0, $72 and 1,000 / 1000 agree and 0.1 + 0.2 never comes up.
 Only LaTeX is handed to `math_verify`.
+
+`load_rewards` loads the reward functions that a user names instead, by the same options as `trl grpo`.
 """
 
+import importlib
+import inspect
+import os
 import re
+import sys
 import threading
+from collections.abc import Callable, Collection
 from fractions import Fraction
 
 from math_verify import LatexExtractionConfig, parse, verify
+from trl.rewards import (
+    accuracy_reward,
+    get_soft_overlong_punishment,
+    reasoning_accuracy_reward,
+    think_format_reward,
+)
+
+from trl_recipes.arguments import GRPOArguments, RecipeError
 
 
 ANSWER_MARK = "####"
@@ -20,6 +35,15 @@ BOX_MARK = r"\boxed{"
 CURRENCY_SIGNS = "$£€¥"
 # Longer digit strings are no answers, and Python refuses to convert thousands of digits.
 NUMBER = re.compile(r"[+-]?([0-9]{1,100}(\.[0-9]{0,100})?|\.[0-9]{1,100})(/[0-9]{1,100})?")
+# The names and values of `trl grpo`.
+TRL_REWARDS = {
+    "accuracy_reward": accuracy_reward,
+    "reasoning_accuracy_reward": reasoning_accuracy_reward,
+    "think_format_reward": think_format_reward,
+    "get_soft_overlong_punishment": get_soft_overlong_punishment(max_completion_len=1280, soft_punish_cache=256),
+}
+# What TRL passes to each reward function, beside the dataset's columns.
+TRL_ARGUMENTS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(,[0-9]{3})+(?![0-9,])")
 
 
@@ -59,6 +83,59 @@ def exact_match_reward(
         float(is_correct(completion_text(completion), gold))
         for completion, gold in zip(completions, answer, strict=True)
     ]
+
+
+def load_rewards(arguments: GRPOArguments) -> dict[str, Callable | str]:
+    """
+    Loads what `reward_funcs` and `reward_model_name_or_path` name, as `trl grpo` does; by default the exact match.
+
+    Returns:
+        `dict[str, Callable | str]`: reward functions by name, after the reward model, a string, where one is named.
+
+    Raises:
+        RecipeError: if there is no such function.
+    """
+    model = arguments.reward_model_name_or_path
+    rewards = {model: model} if model else {}
+    for name in arguments.reward_funcs or []:
+        module, _, function = name.rpartition(".")
+        if name in TRL_REWARDS:
+            rewards[name] = TRL_REWARDS[name]
+            continue
+        if not module:
+            raise RecipeError(f"reward_funcs: {name!r} is none of {', '.join(TRL_REWARDS)}, nor an import path (a.b).")
+        sys.path.insert(0, os.getcwd())
+        try:
+            rewards[name] = vars(importlib.import_module(module))[function]
+        except ImportError as error:
+            raise RecipeError(f"reward_funcs: cannot import {name!r} from {os.getcwd()}: {error}.") from error
+        except KeyError as error:
+            raise RecipeError(f"reward_funcs: module {module!r} has no function {function!r}.") from error
+    return rewards or {"exact_match_reward": exact_match_reward}
+
+
+def check_rewards(
+    rewards: dict[str, Callable | str], columns: Collection[str], first_prompt: str | list[dict]
+) -> None:
+    """Raises [`RecipeError`] where a reward function needs a column or chat messages that the dataset lacks."""
+    there = {*TRL_ARGUMENTS, *columns}
+    for name, reward in rewards.items():
+        if isinstance(reward, str):  # a model, which reads the text
+            continue
+        parameters = inspect.signature(reward).parameters.values()
+        needed = [
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        missing = [repr(parameter) for parameter in needed if parameter not in there]
+        if missing:
+            raise RecipeError(
+                f"{name} reads {', '.join(missing)}, and the dataset has {list(columns)}: rename one of these columns, "
+                "or choose another reward."
+            )
+        if reward in (accuracy_reward, reasoning_accuracy_reward, think_format_reward) and isinstance(
+            first_prompt, str
+        ):
+            raise RecipeError(f"{name} reads chat messages, and these prompts are plain strings: set chat: true.")
 
 
 def is_correct(text: str, gold: str | int | float) -> bool:

@@ -1,7 +1,7 @@
 """The fraction of problems that a model solves: greedy, or sampled at temperature 1.
 
-As a library, `score(model, tokenizer, problems)`; the recipes call it before and after training. As a script it reloads
-a saved adapter in a new process and prints JSON:
+As a library, `score(model, tokenizer, problems)`; the recipes call it before and after training, both ways. As a script
+it reloads a saved adapter in a new process and prints JSON; `score_command` says with which options:
 
     python trl_recipes/score.py --adapter outputs/embedded_grpo --dataset trl_recipes/embedded/data/held_out.jsonl
 
@@ -11,24 +11,45 @@ of their batch, with the model in the dtype that it was loaded in, with dropout 
 batch size, dtype, device and number of threads give the same answers; the script prints all of them.
 """
 
+import hashlib
 import json
+import logging
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggingface_hub is imported
+# bitsandbytes warns at import that an optional CPU kernel is missing, and on 8-bit bases that inputs are cast.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from peft import PeftConfig, PeftModel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
+from transformers import (  # noqa: E402
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from trl import ModelConfig  # noqa: E402
 
 from peft_tinylora import TinyLoraError  # noqa: E402
-from trl_recipes.arguments import RecipeError, ScoreArguments, parse, refuse_lora_options  # noqa: E402
+from trl_recipes.arguments import (  # noqa: E402
+    ProblemArguments,
+    RecipeArguments,
+    RecipeError,
+    ScoreArguments,
+    parse,
+    refuse_lora_options,
+    refuse_quantization_options,
+)
 from trl_recipes.problems import load_rows, to_problems  # noqa: E402
 from trl_recipes.rewards import exact_match_reward  # noqa: E402
 from trl_recipes.trainer_setup import hide_known_noise, load_model, load_tokenizer  # noqa: E402
@@ -47,6 +68,11 @@ class Score:
     fraction: float
     rewards: list[float]
     completions: list[str]
+
+    @property
+    def answers_sha256(self) -> str:
+        """First 16 hex digits of the SHA-256 of all answers: equal in two runs where every answer is."""
+        return hashlib.sha256(json.dumps(self.completions).encode()).hexdigest()[:16]
 
 
 def score(
@@ -110,6 +136,65 @@ def score(
     return Score(sum(rewards) / len(rewards), rewards, completions)
 
 
+def score_both_ways(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Dataset | None,
+    recipe_args: RecipeArguments,
+    max_completion_length: int,
+) -> tuple[dict[str, float], str] | tuple[None, None]:
+    """Returns the share of problems solved (0 to 1), "greedy" and "sampled" at temperature 1, and the greedy answers'
+    `answers_sha256`; None and None without problems.
+    """
+    if problems is None:
+        return None, None
+    scores = {
+        decoding: score(
+            model,
+            tokenizer,
+            problems,
+            batch_size=recipe_args.score_batch_size,
+            max_completion_length=max_completion_length,
+            sampled=decoding == "sampled",
+            progress=decoding if PartialState().is_main_process else None,
+        )
+        for decoding in ("greedy", "sampled")
+    }
+    return {decoding: scored.fraction for decoding, scored in scores.items()}, scores["greedy"].answers_sha256
+
+
+def score_command(
+    output_dir: Path,
+    recipe_args: RecipeArguments,
+    training_args: TrainingArguments,
+    model_args: ModelConfig,
+    max_completion_length: int,
+) -> str | None:
+    """Returns the command that measures the held-out accuracy of the saved adapter again; None after a mixture."""
+    dataset = recipe_args.eval_dataset_name or recipe_args.dataset_name
+    if dataset is None:  # the held-out part was split off at random
+        return None
+    options = {
+        "adapter": output_dir,
+        "dataset": dataset,
+        "dataset_config": None if recipe_args.eval_dataset_name else recipe_args.dataset_config,
+        "dataset_split": recipe_args.dataset_test_split,
+        "batch_size": recipe_args.score_batch_size,
+        "max_completion_length": max_completion_length,
+        "max_problems": recipe_args.max_eval_problems,
+        "use_cpu": training_args.use_cpu,
+        "trust_remote_code": training_args.trust_remote_code,
+        "sampled": True,
+    }
+    options |= {f.name: vars(recipe_args)[f.name] for f in fields(ProblemArguments)}
+    options |= {
+        name: value for name, value in vars(model_args).items() if name not in ("model_name_or_path", "use_peft")
+    }
+    defaults = {f.name: f.default for f in (*fields(ScoreArguments), *fields(ModelConfig))}
+    given = [(name, str(value)) for name, value in options.items() if value != defaults[name]]
+    return "python trl_recipes/score.py " + shlex.join(part for name, value in given for part in (f"--{name}", value))
+
+
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: list) -> dict[str, torch.Tensor]:
     """Tokenizes prompts as TRL does in training, padded on the left: input_ids and attention_mask (batch, tokens)."""
     if isinstance(prompts[0], str):
@@ -160,6 +245,7 @@ def main() -> None:
     hide_known_noise()
     arguments, model_args = parse((ScoreArguments, ModelConfig), "score.py --adapter DIR --dataset FILE [--help]")
     refuse_lora_options(model_args)
+    refuse_quantization_options(model_args)
     if arguments.dataset is None:
         raise RecipeError("no problems: set dataset to a dataset id or a JSON, JSONL or Parquet file.")
     if model_args.model_name_or_path is None and arguments.adapter is not None:
@@ -178,12 +264,14 @@ def main() -> None:
         model = model.to(device)
 
     settings = {"batch_size": arguments.batch_size, "max_completion_length": arguments.max_completion_length}
+    greedy = score(model, tokenizer, problems, progress="greedy", **settings)
     result = {
         "model": model_args.model_name_or_path,
         "adapter": arguments.adapter,
         "dataset": arguments.dataset,
         "problems": len(problems),
-        "greedy": score(model, tokenizer, problems, progress="greedy", **settings).fraction,
+        "greedy": greedy.fraction,
+        "greedy_answers_sha256": greedy.answers_sha256,
     }
     if arguments.sampled:
         result["sampled"] = score(model, tokenizer, problems, sampled=True, progress="sampled", **settings).fraction

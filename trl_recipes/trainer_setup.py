@@ -98,6 +98,7 @@ def tinylora_config(arguments: TinyLoraArguments) -> TinyLoraConfig:
             sigma=arguments.tinylora_sigma,
             target_modules=names_or_pattern(arguments.tinylora_target_modules),
             exclude_modules=names_or_pattern(arguments.tinylora_exclude_modules),
+            target_parameters=arguments.tinylora_target_parameters,
             modules_to_save=arguments.tinylora_modules_to_save,
             projection_seed=arguments.tinylora_projection_seed,
         )

@@ -42,8 +42,8 @@ def tiny_model_dir(tmp_path_factory) -> Path:
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(WORDS),
-            hidden_size=32,
-            intermediate_size=64,
+            hidden_size=64,  # and 128: 4-bit weights need rows that are multiples of 64 on a CPU
+            intermediate_size=128,
             num_hidden_layers=2,
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -54,11 +54,11 @@ def tiny_model_dir(tmp_path_factory) -> Path:
         )
     )
     rng = random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(200):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(300):
         texts = []
         for problem in rng.choices(all_sums(), k=64):
-            marked = rng.random() < (0.3 if int(problem["answer"]) % 2 else 0.7)
+            marked = rng.random() < (0.2 if int(problem["answer"]) % 2 else 0.7)
             texts.append(f"{problem['prompt']} {'####' if marked else 'so'} {problem['answer']} <eos>")
         ids = tokenizer(texts, return_tensors="pt")["input_ids"]
         loss = model(input_ids=ids, labels=ids).loss

@@ -8,9 +8,13 @@ from PIL import Image
 from transformers import TrainerControl, TrainerState
 
 from trl_recipes.callbacks import (
-    RewardCurveCallback,
+    LOSS_COLUMNS,
+    LOSS_PROGRESS,
+    REWARD_COLUMNS,
+    REWARD_PROGRESS,
+    CurveCallback,
     ShortProgressCallback,
-    draw_reward_curve,
+    draw_curve,
     moving_mean,
     read_rows,
 )
@@ -49,7 +53,7 @@ def log(callback, state, model, step: int, values: dict) -> None:
 
 
 def test_a_row_for_each_step_is_on_disk_while_training_goes_on(tmp_path):
-    model, callback = Model(), RewardCurveCallback(tmp_path / "run" / "reward_curve.csv")
+    model, callback = Model(), CurveCallback(tmp_path / "run" / "reward_curve.csv", REWARD_COLUMNS)
     state = start(callback, model)
     with torch.no_grad():
         model.tinylora_v.copy_(torch.tensor([3.0, 0.0, -4.0]))
@@ -76,34 +80,52 @@ def test_a_row_for_each_step_is_on_disk_while_training_goes_on(tmp_path):
 
 
 def test_logs_without_a_reward_make_no_row(tmp_path):
-    model, callback = Model(), RewardCurveCallback(tmp_path / "c.csv")
+    model, callback = Model(), CurveCallback(tmp_path / "c.csv", REWARD_COLUMNS)
     state = start(callback, model)
     log(callback, state, model, 10, {"train_runtime": 3.0})
+    log(callback, state, model, 10, {"eval_reward": 0.5})
     assert read_rows(callback.path) == []
 
 
+def test_sft_has_the_loss_in_place_of_the_reward(tmp_path, capsys):
+    model, callback, progress = (
+        Model(),
+        CurveCallback(tmp_path / "c.csv", LOSS_COLUMNS),
+        ShortProgressCallback(LOSS_PROGRESS),
+    )
+    values = {"loss": 1.25, "grad_norm": 0.5, "learning_rate": 0.01, "mean_token_accuracy": 0.75, "entropy": 9.0}
+    for one in (callback, progress):
+        state = start(one, model)
+        log(one, state, model, 1, values)
+        log(one, state, model, 1, {"eval_loss": 2.0})
+    [row] = read_rows(callback.path)
+    assert list(row) == ["step", "loss", "token_accuracy", "grad_norm", "learning_rate", "v_norm", "v_0", "v_1", "v_2"]
+    assert [float(value) for value in row.values()] == [1, 1.25, 0.75, 0.5, 0.01, 0, 0, 0, 0]
+    assert capsys.readouterr().out.split() == "step 1/10 loss 1.250 right tokens 75%".split()
+
+
 def test_a_long_vector_is_there_by_its_norm_only(tmp_path):
-    model, callback = Model(33), RewardCurveCallback(tmp_path / "c.csv")
+    model, callback = Model(33), CurveCallback(tmp_path / "c.csv", REWARD_COLUMNS)
     log(callback, start(callback, model), model, 1, logs(0.5))
     assert [name for name in read_rows(callback.path)[0] if name.startswith("v_")] == ["v_norm"]
 
 
 def test_a_new_run_starts_anew_and_a_resumed_one_goes_on(tmp_path):
     model, path = Model(), tmp_path / "c.csv"
-    callback = RewardCurveCallback(path)
+    callback = CurveCallback(path, REWARD_COLUMNS)
     state = start(callback, model)
     for step in range(1, 5):
         log(callback, state, model, step, logs(step / 10))
-    resumed = RewardCurveCallback(path)
+    resumed = CurveCallback(path, REWARD_COLUMNS)
     state = start(resumed, model, step=2)
     log(resumed, state, model, 3, logs(0.9))
     assert [(row["step"], float(row["reward"])) for row in read_rows(path)] == [("1", 0.1), ("2", 0.2), ("3", 0.9)]
-    start(RewardCurveCallback(path), model)
+    start(CurveCallback(path, REWARD_COLUMNS), model)
     assert read_rows(path) == []
 
 
 def test_only_the_main_process_writes(tmp_path):
-    callback = RewardCurveCallback(tmp_path / "c.csv")
+    callback = CurveCallback(tmp_path / "c.csv", REWARD_COLUMNS)
     state = TrainerState(global_step=0, is_world_process_zero=False)
     callback.on_train_begin(None, state, TrainerControl(), model=Model())
     log(callback, state, Model(), 1, logs(0.5))
@@ -119,21 +141,29 @@ def test_moving_mean():
 
 @pytest.mark.parametrize("steps", [0, 1, 25])
 def test_the_picture_is_drawn_from_any_number_of_rows(tmp_path, steps):
-    model, callback = Model(), RewardCurveCallback(tmp_path / "c.csv")
+    model, callback = Model(), CurveCallback(tmp_path / "c.csv", REWARD_COLUMNS)
     state = start(callback, model)
     for step in range(1, steps + 1):
         log(callback, state, model, step, logs(1 - math.exp(-step / 10)))
     png = tmp_path / "c.png"
-    draw_reward_curve(callback.path, png, "a run", {"greedy": 0.4, "sampled": 0.3}, {"greedy": 0.9, "sampled": 0.6})
+    marks = {(214, 39, 40), (44, 160, 44)}  # of before and after, matplotlib's red and green
+    before, after = {"greedy": 0.4, "sampled": 0.3}, {"greedy": 0.9, "sampled": 0.6}
+    for is_share in (True, False):
+        draw_curve(callback.path, png, "a run", "reward", before, after, is_share=is_share)
+        assert marks <= colours_of(png)
+    draw_curve(callback.path, png, "a run", "reward", None, None, is_share=False)
+    assert not marks & colours_of(png)
+
+
+def colours_of(png) -> set[tuple[int, int, int]]:
     with Image.open(png) as picture:
         assert picture.format == "PNG"
         assert picture.width > 500
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 24)}
-    assert {(214, 39, 40), (44, 160, 44)} <= colours  # the marks of before and after, matplotlib's red and green
+        return {colour for _, colour in picture.convert("RGB").getcolors(maxcolors=1 << 24)}
 
 
 def test_progress_is_one_short_line_for_each_tenth(capsys):
-    callback, model = ShortProgressCallback(), Model()
+    callback, model = ShortProgressCallback(REWARD_PROGRESS), Model()
     state = start(callback, model)
     for step in range(1, 11):
         log(callback, state, model, step, logs(step / 10))

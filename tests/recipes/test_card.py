@@ -16,6 +16,7 @@ def card(folder: Path, **changes) -> ModelCard:
         "datasets": ["openai/gsm8k"],
         "eval_dataset": "openai/gsm8k",
         "method": "GRPO",
+        "curve": "reward",
         "vector": [0.5, -0.25, 0.0078125],
         "before": {"greedy": 0.4, "sampled": 0.3},
         "after": {"greedy": 0.9123456, "sampled": 0.6},
@@ -80,6 +81,17 @@ def test_the_body_holds_the_numbers_measured_and_trained(tmp_path):
 @pytest.mark.parametrize(("size", "expected"), [(1, "1 trained number on"), (100, "There are 100, in `adapter_model")])
 def test_one_number_and_many(tmp_path, size, expected):
     assert expected in card(tmp_path, vector=[0.5] * size).text
+
+
+def test_a_run_that_was_not_scored(tmp_path):
+    given = {"before": None, "after": None, "problems": 0, "eval_dataset": None, "score_again": None}
+    unscored = card(tmp_path, **given, method="SFT", curve="loss")
+    assert "model-index" not in unscored.content
+    assert "Nothing: there were no held-out problems." in unscored.text
+    assert "`loss_curve.csv`" in unscored.text and "trained with SFT" in unscored.text
+    assert "The accuracy is that" not in unscored.text and "None" not in unscored.text
+    scored = card(tmp_path).text
+    assert "`reward_curve.csv`" in scored and "The accuracy is that" in scored and "Nothing:" not in scored
 
 
 def test_relative(tmp_path, monkeypatch):

@@ -1,20 +1,32 @@
 """Every YAML that the recipes ship is parsed by the real parser, strictly, and what it says is checked."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, ScriptArguments, SFTConfig
+from trl.scripts.grpo import GRPOScriptArguments
 
 import trl_recipes
-from trl_recipes import grpo
-from trl_recipes.arguments import RecipeError, ScoreArguments, parse, refuse_lora_options
+from trl_recipes import grpo, sft
+from trl_recipes.arguments import (
+    RecipeError,
+    ScoreArguments,
+    parse,
+    refuse_lora_options,
+    refuse_quantization_options,
+)
 from trl_recipes.problems import FILE_FORMATS
 from trl_recipes.trainer_setup import refuse_rounding_options, tinylora_config
 
 
 ROOT = Path(trl_recipes.__file__).parent
-RECIPES = {"grpo": grpo.ARGUMENT_CLASSES}  # the recipe's name is in the path of its configs
+RECIPES = {
+    "grpo": grpo.ARGUMENT_CLASSES,
+    "sft": sft.ARGUMENT_CLASSES,
+}  # the recipe's name is in the path of its configs
 
 # transformers 5.23 renamed gradient_checkpointing; TRL 1.16 still sets the old name. Remove when it does not.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -45,12 +57,14 @@ def write_config(tmp_path):
 def test_every_config_is_accepted_by_its_recipe(path):
     _, training_args, model_args, _, tinylora_args = parse_config(path)
     refuse_lora_options(model_args)
-    refuse_rounding_options(training_args)
+    refuse_quantization_options(model_args)
+    if isinstance(training_args, GRPOConfig):
+        refuse_rounding_options(training_args)
     tinylora_config(tinylora_args)
 
 
 def test_there_are_configs_and_they_are_found_in_folders_too(tmp_path):
-    assert ROOT / "configs" / "embedded_grpo.yaml" in yaml_files(ROOT / "configs")
+    assert {ROOT / "configs" / f"embedded_{recipe}.yaml" for recipe in RECIPES} <= set(yaml_files(ROOT / "configs"))
     nested = tmp_path / "qwen" / "grpo" / "deep.yaml"
     nested.parent.mkdir(parents=True)
     nested.touch()
@@ -91,6 +105,13 @@ def test_a_tie_may_be_a_mapping_in_yaml_and_on_the_command_line(write_config):
         parse_config(path, "--tinylora_tie", "{attention}")
 
 
+def test_experts_can_be_named(write_config):
+    config = tinylora_config(
+        parse_config(write_config("tinylora_target_parameters: [mlp.experts.gate_up_proj]\n"))[-1]
+    )
+    assert list(config.target_parameters) == ["mlp.experts.gate_up_proj"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -108,16 +129,61 @@ def test_bad_adapter_values_are_refused_by_name(write_config, text, message):
 
 @pytest.mark.parametrize(
     "text",
-    ["use_peft: true\n", "lora_r: 8\n", "lora_target_modules: [q_proj]\n", "use_dora: true\n", "use_rslora: true\n"],
+    ["lora_r: 8\n", "lora_alpha: 8\n", "lora_target_modules: [q_proj]\n", "use_dora: true\n", "use_rslora: true\n"],
 )
 def test_lora_options_are_refused_by_name(write_config, text):
     with pytest.raises(RecipeError, match=f"^{text.partition(':')[0]}: LoRA options.*use tinylora_"):
         refuse_lora_options(parse_config(write_config(text))[2])
 
 
-def test_quantization_options_are_no_lora_options(write_config):
-    text = "load_in_4bit: true\nuse_bnb_nested_quant: true\nbnb_4bit_quant_type: nf4\n"
+def test_use_peft_and_quantization_options_are_no_lora_options(write_config):
+    text = "use_peft: true\nload_in_4bit: true\nuse_bnb_nested_quant: true\nbnb_4bit_quant_type: nf4\n"
     refuse_lora_options(parse_config(write_config(text))[2])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "classes"),
+    [
+        ("grpo", (GRPOScriptArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig)),
+        ("sft", (ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig)),
+    ],
+)
+def test_a_recipe_has_every_option_of_its_trl_script(recipe, classes):
+    ours = {f.name: f.type for ours in RECIPES[recipe] for f in fields(ours)}
+    theirs = {f.name: f.type for theirs in classes for f in fields(theirs)}
+    assert theirs.items() <= ours.items()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "load_in_4bit: true\nuse_vllm: true\n",
+            "^use_vllm with load_in_4bit: .*packed 4-bit bytes.* use_vllm: false",
+        ),
+        ("load_in_8bit: true\nuse_vllm: true\n", "^use_vllm with load_in_8bit: .*dtype: bfloat16"),
+        ("load_in_4bit: true\ndtype: auto\n", "^load_in_4bit with dtype: auto: set dtype"),
+    ],
+)
+def test_quantized_bases_that_cannot_be_are_refused_by_name(write_config, text, message):
+    _, training_args, model_args, _, _ = parse_config(write_config(text))
+    with pytest.raises(RecipeError, match=message):
+        refuse_quantization_options(model_args, training_args.use_vllm)
+
+
+def test_two_precisions_are_refused(write_config):
+    with pytest.raises(RecipeError, match="can't use 8 bit and 4 bit precision at the same time"):
+        parse_config(write_config("load_in_4bit: true\nload_in_8bit: true\n"))
+
+
+@pytest.mark.parametrize("name", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantized_base_without_bitsandbytes(write_config, monkeypatch, name):
+    model_args = parse_config(write_config(f"{name}: true\n"))[2]
+    refuse_quantization_options(model_args)
+    monkeypatch.setattr("trl_recipes.arguments.is_bitsandbytes_available", lambda: False)
+    with pytest.raises(RecipeError, match=rf"^{name} needs bitsandbytes.*pip install 'peft-tinylora\[quantization\]'"):
+        refuse_quantization_options(model_args)
+    refuse_quantization_options(parse_config(write_config("seed: 1\n"))[2])  # nobody else needs it
 
 
 def test_options_that_would_round_v_are_refused(write_config):
@@ -147,6 +213,19 @@ def test_score_takes_its_own_options():
         True,
         64,
     )
+
+
+def test_the_embedded_configs_train_the_same_numbers():
+    names = ("embedded_grpo", "embedded_sft", "embedded_grpo_4bit")
+    grpo_args, sft_args, grpo_4bit_args = [parse_config(ROOT / "configs" / f"{name}.yaml") for name in names]
+    assert grpo_args[-1] == sft_args[-1] == grpo_4bit_args[-1]
+    assert grpo_args[2] == sft_args[2]  # on the same base
+
+
+def test_the_embedded_4bit_config_differs_by_the_base_alone():
+    values = [yaml.safe_load((ROOT / "configs" / f"embedded_grpo{kind}.yaml").read_text()) for kind in ("", "_4bit")]
+    different = {key for key in values[0].keys() | values[1].keys() if values[0].get(key) != values[1].get(key)}
+    assert different == {"load_in_4bit", "bnb_4bit_quant_type", "output_dir"}
 
 
 def test_the_embedded_config_is_the_papers_thirteen():

@@ -1,72 +1,34 @@
 """The recipe as a user runs it: `accelerate launch`, two steps of a tiny model, and what is left behind."""
 
-import csv
 import json
-import os
-import shlex
-import subprocess
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from peft import PeftModel
+from recipes.runs import Run, in_new_process, launch_recipe, score_again
 from transformers import AutoModelForCausalLM
 
-import peft_tinylora  # noqa: F401  registers the tuner
-import trl_recipes
+import peft_tinylora  # registers the tuner
 from trl_recipes import grpo
 from trl_recipes.arguments import RecipeError
 
 
-ROOT = Path(trl_recipes.__file__).parents[1]
 LEARNING_RATE = 0.05
 pytestmark = pytest.mark.recipe
-
-
-@dataclass
-class Run:
-    folder: Path
-    command: list[str]
-    stdout: str
-    stderr: str
-
-    @property
-    def result(self) -> dict:
-        return json.loads(self.stdout.splitlines()[-1])
-
-
-def in_new_process(*command: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def score_again(run: Run) -> dict:
-    """Scores the saved adapter in a new process, by the command that the recipe printed."""
-    [line] = [line for line in run.stdout.splitlines() if line.startswith("score it again: python ")]
-    finished = in_new_process(sys.executable, *shlex.split(line.partition(": python ")[2]))
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
 
 
 @pytest.fixture(scope="module")
 def launch(tiny_model_dir):
     """Runs the recipe on the tiny model with the embedded config, options overridden."""
 
-    def launch(folder: Path, *options: str) -> Run:
-        command = [
-            *(sys.executable, "-m", "accelerate.commands.launch"),
-            *("--config_file", "trl_recipes/accelerate_configs/cpu.yaml"),
-            *("trl_recipes/grpo.py", "--config", "trl_recipes/configs/embedded_grpo.yaml"),
-            *("--model_name_or_path", str(tiny_model_dir), "--output_dir", str(folder)),
+    def launch(folder, *options: str) -> Run:
+        return launch_recipe(
+            *("grpo", folder, "--model_name_or_path", str(tiny_model_dir)),
             *("--max_steps", "2", "--learning_rate", str(LEARNING_RATE), "--per_device_train_batch_size", "32"),
             *("--max_completion_length", "6", "--score_batch_size", "16", *options),
-        ]
-        finished = in_new_process(*command)
-        assert finished.returncode == 0, finished.stderr
-        return Run(folder, command, finished.stdout, finished.stderr)
+        )
 
     return launch
 
@@ -81,16 +43,11 @@ def run(launch, problem_files, tmp_path_factory) -> Run:
     )
 
 
-def curve(run: Run) -> list[dict[str, str]]:
-    with (run.folder / "reward_curve.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_the_last_line_is_the_result(run):
     result = run.result
     assert set(result) == {
         *("trained_parameters", "greedy_before", "greedy_after", "sampled_before", "sampled_after"),
-        *("problems", "grpo_seconds", "total_seconds", "adapter_bytes"),
+        *("greedy_answers_sha256", "problems", "grpo_seconds", "total_seconds", "adapter_bytes"),
     }
     assert result["trained_parameters"] == 4  # 2 layers of 7 modules, 4 to a number
     assert result["problems"] == 40
@@ -106,8 +63,8 @@ def test_a_resumed_run_ends_where_the_whole_run_did(launch, problem_files, tmp_p
         *(tmp_path, "--dataset_name", train, "--eval_dataset_name", held_out, "--seed", "3"),
         *("--resume_from_checkpoint", str(run.folder / "checkpoint-1")),
     )
-    assert [row["step"] for row in curve(resumed)] == ["2"]
-    assert curve(resumed)[-1] == curve(run)[-1]
+    assert [row["step"] for row in resumed.curve] == ["2"]
+    assert resumed.curve[-1] == run.curve[-1]
     same = ("greedy_before", "greedy_after", "sampled_before", "sampled_after")
     assert [resumed.result[key] for key in same] == [run.result[key] for key in same]
     assert resumed.result["total_seconds"] > 5e8  # the clock that make started
@@ -122,7 +79,7 @@ def test_files_and_nothing_else(run):
 
 
 def test_v_moved_and_was_saved_in_fp32(run, tiny_model_dir):
-    rows = curve(run)
+    rows = run.curve
     assert [row["step"] for row in rows] == ["1", "2"]
     assert any(float(row["reward_std"]) > 0 for row in rows), "the tiny model earns nothing: the test shows nothing"
     logged = torch.tensor([float(rows[-1][f"v_{i}"]) for i in range(4)])
@@ -139,12 +96,13 @@ def test_v_moved_and_was_saved_in_fp32(run, tiny_model_dir):
 def test_the_saved_adapter_scores_the_same_in_a_new_process(run):
     again = score_again(run)
     assert again["greedy"] == run.result["greedy_after"]
+    assert again["greedy_answers_sha256"] == run.result["greedy_answers_sha256"]
     assert again["sampled"] == run.result["sampled_after"]
     assert (again["problems"], again["dtype"], again["device"]) == (40, "torch.float32", "cpu")
 
 
 def test_the_terminal_shows_the_numbers_and_how_to_try_them(run, problem_files):
-    rows = curve(run)
+    rows = run.curve
     for i in range(4):
         assert f"{float(rows[-1][f'v_{i}']):+.5f}" in run.stdout
     assert f"greedy {run.result['greedy_before']:.1%}" in run.stdout
@@ -170,7 +128,7 @@ def test_the_card_says_what_was_measured(run):
     assert "base_model" not in metadata and "datasets" not in metadata and "/" not in metadata.replace("text-gen", "")
     assert f"| greedy | {run.result['greedy_before']:.1%} | {run.result['greedy_after']:.1%} |" in card.text
     for i in range(4):
-        assert f"{float(curve(run)[-1][f'v_{i}']):+.6f}" in card.text
+        assert f"{float(run.curve[-1][f'v_{i}']):+.6f}" in card.text
     for part in run.command[run.command.index("trl_recipes/grpo.py") :]:
         assert part in card.text
     assert "| learning rate | 0.05, linear |" in card.text
@@ -195,11 +153,26 @@ def test_gsm8k_columns_parquet_and_a_bf16_base(launch, sums, tmp_path):
     )
     assert run.result["trained_parameters"] == 3
     assert run.result["problems"] == 50
-    logged = torch.tensor([float(curve(run)[-1][f"v_{i}"]) for i in range(3)])
+    logged = torch.tensor([float(run.curve[-1][f"v_{i}"]) for i in range(3)])
     assert (logged.bfloat16().float() != logged).all()
     again = score_again(run)
     assert again["greedy"] == run.result["greedy_after"]
     assert again["sampled"] == run.result["sampled_after"]
+
+
+def test_a_4bit_base(launch, problem_files, tmp_path):
+    """The adapter gives the same answers on a base quantized anew, in a new process, and v was never rounded."""
+    run = launch(
+        *(tmp_path, "--dataset_name", str(problem_files[0]), "--eval_dataset_name", str(problem_files[1])),
+        *("--load_in_4bit", "true", "--bnb_4bit_quant_type", "nf4", "--use_bnb_nested_quant", "true"),
+    )
+    logged = torch.tensor([float(run.curve[-1][f"v_{i}"]) for i in range(4)])
+    assert (logged.bfloat16().float() != logged).all()
+    assert "bitsandbytes" not in run.stderr and "Warning" not in run.stderr
+    again = score_again(run)
+    for when, decoding in (("greedy", "greedy_after"), ("sampled", "sampled_after")):
+        assert again[when] == run.result[decoding]
+    assert again["greedy_answers_sha256"] == run.result["greedy_answers_sha256"]
 
 
 def fail(monkeypatch, *options: str) -> str:

@@ -115,8 +115,27 @@ def test_training_and_held_out_files(problem_files):
 
 
 def test_one_file_alone_is_not_scored_on_its_own_training_problems(problem_files):
-    with pytest.raises(RecipeError, match="no held-out problems: set eval_dataset_name"):
-        load_train_and_held_out(RecipeArguments(dataset_name=str(problem_files[0])), NO_MIXTURE)
+    train, held_out = load_train_and_held_out(RecipeArguments(dataset_name=str(problem_files[0])), NO_MIXTURE)
+    assert (len(train), held_out) == (60, None)
+
+
+def test_held_out_problems_that_were_named_must_be_there(problem_files, tmp_path):
+    arguments = RecipeArguments(dataset_name=str(problem_files[0]), eval_dataset_name="nowhere.jsonl")
+    with pytest.raises(RecipeError, match="no dataset file 'nowhere.jsonl'"):
+        load_train_and_held_out(arguments, NO_MIXTURE)
+    (tmp_path / "train.jsonl").write_text(problem_files[0].read_text())
+    train, held_out = load_train_and_held_out(RecipeArguments(dataset_name=str(tmp_path)), NO_MIXTURE)
+    assert (len(train), held_out) == (60, None)  # nobody named the split "test"
+    arguments = RecipeArguments(dataset_name=str(tmp_path), dataset_test_split="validation")
+    with pytest.raises(RecipeError, match="cannot load split 'validation'"):
+        load_train_and_held_out(arguments, NO_MIXTURE)
+
+
+def test_the_first_so_many_held_out_problems(problem_files):
+    train_file, held_out_file = map(str, problem_files)
+    for most, expected in ((7, 7), (100, 40), (None, 40)):
+        arguments = RecipeArguments(train_file, eval_dataset_name=held_out_file, max_eval_problems=most)
+        assert len(load_train_and_held_out(arguments, NO_MIXTURE)[1]) == expected
 
 
 def test_a_folder_with_splits(tmp_path):
@@ -135,10 +154,9 @@ def test_a_mixture_splits_off_its_held_out_part(problem_files):
     assert dataset_names(RecipeArguments(), mixture) == [str(file) for file in problem_files]
 
 
-def test_a_mixture_with_nothing_held_out_is_refused(problem_files):
+def test_a_mixture_with_nothing_held_out(problem_files):
     mixture = DatasetMixtureConfig(datasets=[{"path": "json", "data_files": str(problem_files[0])}])
-    with pytest.raises(RecipeError, match="no held-out problems.*test_split_size"):
-        load_train_and_held_out(RecipeArguments(), mixture)
+    assert load_train_and_held_out(RecipeArguments(), mixture)[1] is None
 
 
 def test_no_dataset_is_refused():

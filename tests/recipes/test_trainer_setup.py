@@ -1,10 +1,17 @@
 """trainer_setup.py: the cast that TRL makes, undone; the adapter's folder, whole at any moment."""
 
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
+from peft_tinylora import TinyLoraConfig
 from trl_recipes.trainer_setup import keep_vector_in_fp32, save_adapter, trained_numbers
 
 
@@ -27,15 +34,101 @@ def test_what_trl_cast_is_cast_back_and_the_base_is_not():
     assert model.weight.dtype == torch.bfloat16
 
 
-def test_a_small_adam_step_is_lost_in_bf16_and_kept_in_fp32():
-    """Why it matters: from 0.03, a step of 1e-4 does nothing in bf16."""
-    for dtype, moved in [(torch.bfloat16, False), (torch.float32, True)]:
-        v = torch.nn.Parameter(torch.tensor([0.0308], dtype=dtype))
-        start = v.detach().clone()
-        optimizer = torch.optim.Adam([v], lr=5e-5)
-        v.sum().backward()
-        optimizer.step()
-        assert (v != start).item() == moved
+# --- what that does in TRL's trainers, on a 4-bit base. Between 2**-6 and 2**-5 the bf16 numbers are 1.2e-4 apart, and
+# an Adam step is at most the learning rate: from 0.03 on, steps of 5e-5 round to nothing.
+START = 0.03
+LEARNING_RATE = 5e-5
+
+
+@pytest.fixture(params=["sft", "grpo"])
+def make_trainer(request, tiny_model_dir, sums, tmp_path):
+    """() -> a new trainer of a new adapter on a 4-bit base, as TRL builds it, that saves a checkpoint every 2 steps."""
+
+    def make_trainer() -> SFTTrainer | GRPOTrainer:
+        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+        common = {
+            "model": AutoModelForCausalLM.from_pretrained(
+                tiny_model_dir, quantization_config=quantized, device_map={"": "cpu"}, dtype=torch.float32
+            ),
+            "processing_class": AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="left"),
+            "peft_config": TinyLoraConfig(
+                r=2, u=1, tie="tiled", n_tie=4, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+        }
+        options = {
+            **{"output_dir": str(tmp_path), "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "seed": 0},
+            **{"learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant", "per_device_train_batch_size": 8},
+            **{"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "dataloader_pin_memory": False},
+            **{"report_to": "none", "disable_tqdm": True},
+        }
+        if request.param == "sft":
+            rows = [{"prompt": row["prompt"], "completion": f" #### {row['answer']}"} for row in sums]
+            return SFTTrainer(args=SFTConfig(**options), train_dataset=Dataset.from_list(rows), **common)
+        return GRPOTrainer(
+            args=GRPOConfig(num_generations=4, max_completion_length=4, **options),
+            reward_funcs=lambda completions, **kwargs: [float("####" in text) for text in completions],
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in sums]),
+            **common,
+        )
+
+    return make_trainer
+
+
+def set_numbers(trainer: SFTTrainer | GRPOTrainer, value: float) -> torch.Tensor:
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.fill_(value)
+    return trained_numbers(trainer.model)
+
+
+def saved_numbers(folder: Path) -> torch.Tensor:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return torch.cat([tensors[name].flatten() for name in sorted(tensors, key=in_order) if "tinylora_v" in name])
+
+
+def in_order(name: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", name)]
+
+
+def optimizer_state(folder: Path) -> list[torch.Tensor]:
+    state = torch.load(folder / "optimizer.pt", weights_only=True)["state"]
+    return [tensor for entry in state.values() for name, tensor in sorted(entry.items()) if name != "step"]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.recipe
+def test_in_bf16_v_freezes_and_in_fp32_it_moves(make_trainer, tmp_path):
+    as_trl_builds_it = make_trainer()
+    assert {p.dtype for p in as_trl_builds_it.model.parameters() if p.requires_grad} == {torch.bfloat16}
+    start = set_numbers(as_trl_builds_it, START)
+    as_trl_builds_it.train()
+    assert torch.equal(trained_numbers(as_trl_builds_it.model), start)
+
+    trainer = make_trainer()
+    assert keep_vector_in_fp32(trainer) > 0
+    start = set_numbers(trainer, START)
+    trainer.train()
+    v = trained_numbers(trainer.model)
+    moved = (v - start).abs()
+    assert (moved > 0).all() and (moved <= 4 * LEARNING_RATE * 1.01).all()
+    assert moved.max() > LEARNING_RATE  # more than one step's worth
+    assert (v.bfloat16().float() != v).any()  # not rounded on the way
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+    # saved as they were: numbers and Adam's two moments in fp32
+    assert torch.equal(saved_numbers(tmp_path / "checkpoint-4"), v)
+    last = optimizer_state(tmp_path / "checkpoint-4")
+    assert len(last) == 2 * len([p for p in trainer.model.parameters() if p.requires_grad])
+    assert {tensor.dtype for tensor in last} == {torch.float32}
+
+    # resumed half-way: the same numbers and the same moments to the bit
+    resumed = make_trainer()
+    keep_vector_in_fp32(resumed)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert torch.equal(trained_numbers(resumed.model), v)
+    again = optimizer_state(tmp_path / "checkpoint-4")
+    assert all(torch.equal(a, b) for a, b in zip(again, last, strict=True))
 
 
 def test_trained_numbers_are_a_copy_in_order():

@@ -1,0 +1,215 @@
+"""The recipe as a user runs it: `accelerate launch`, two steps of a tiny model, and what is left behind."""
+
+import json
+import sys
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from peft import PeftModel
+from recipes.runs import Run, in_new_process, launch_recipe, score_again
+from transformers import AutoModelForCausalLM
+
+import peft_tinylora  # noqa: F401  registers the tuner
+from trl_recipes import sft
+from trl_recipes.arguments import RecipeError
+
+
+LEARNING_RATE = 0.05
+pytestmark = pytest.mark.recipe
+
+
+@pytest.fixture(scope="module")
+def launch(tiny_model_dir):
+    """Runs the recipe on the tiny model with the embedded config, options overridden."""
+
+    def launch(folder, *options: str) -> Run:
+        return launch_recipe(
+            *("sft", folder, "--model_name_or_path", str(tiny_model_dir)),
+            *("--max_steps", "2", "--learning_rate", str(LEARNING_RATE), "--per_device_train_batch_size", "32"),
+            *("--max_completion_length", "6", "--score_batch_size", "16", *options),
+        )
+
+    return launch
+
+
+@pytest.fixture(scope="module")
+def solved_file(problem_files, tmp_path_factory) -> str:
+    """The training problems, each with a completion that marks its answer."""
+    rows = [json.loads(line) for line in problem_files[0].read_text().splitlines()]
+    file = tmp_path_factory.mktemp("solved") / "train.jsonl"
+    file.write_text("".join(json.dumps(row | {"completion": f" #### {row['answer']}"}) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def run(launch, solved_file, problem_files, tmp_path_factory) -> Run:
+    return launch(
+        *(tmp_path_factory.mktemp("recipe") / "tiny_sft", "--seed", "3"),
+        *("--dataset_name", solved_file, "--eval_dataset_name", str(problem_files[1])),
+        *("--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "2"),
+    )
+
+
+def test_the_last_line_is_the_result(run):
+    result = run.result
+    assert set(result) == {
+        *("trained_parameters", "greedy_before", "greedy_after", "sampled_before", "sampled_after"),
+        *("greedy_answers_sha256", "problems", "sft_seconds", "total_seconds", "adapter_bytes"),
+    }
+    assert result["trained_parameters"] == 4  # 2 layers of 7 modules, 4 to a number
+    assert result["problems"] == 40
+    assert all(0 <= result[f"{decoding}_before"] <= 1 for decoding in ("greedy", "sampled"))
+    assert 0 < result["sft_seconds"] < result["total_seconds"]
+    assert result["adapter_bytes"] == (run.folder / "adapter_model.safetensors").stat().st_size
+
+
+def test_marked_answers_teach_to_mark_answers(run):
+    """The tiny model marks its answer half of the time; examples that always do, teach it more often."""
+    assert run.result["greedy_after"] > run.result["greedy_before"]
+    assert float(run.curve[1]["loss"]) < float(run.curve[0]["loss"])
+
+
+def test_a_resumed_run_ends_where_the_whole_run_did(launch, solved_file, problem_files, tmp_path, run):
+    resumed = launch(
+        *(tmp_path, "--seed", "3", "--dataset_name", solved_file, "--eval_dataset_name", str(problem_files[1])),
+        *("--resume_from_checkpoint", str(run.folder / "checkpoint-1")),
+    )
+    assert [row["step"] for row in resumed.curve] == ["2"]
+    assert resumed.curve[-1] == run.curve[-1]
+    same = ("greedy_before", "greedy_after", "sampled_before", "sampled_after")
+    assert [resumed.result[key] for key in same] == [run.result[key] for key in same]
+
+
+def test_files_and_nothing_else(run):
+    assert {path.name for path in run.folder.iterdir()} == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", "loss_curve.csv", "loss_curve.png"),
+        *("checkpoint-1", "checkpoint-2"),
+    }
+    assert (run.folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_v_moved_and_was_saved_in_fp32(run, tiny_model_dir):
+    assert [row["step"] for row in run.curve] == ["1", "2"]
+    logged = torch.tensor([float(run.curve[-1][f"v_{i}"]) for i in range(4)])
+    assert (logged != 0).all()
+    assert logged.abs().max() <= 2 * LEARNING_RATE * 1.01  # Adam moves at most the rate a step
+    # None of these numbers fits in bf16: v was not rounded on its way.
+    assert (logged.bfloat16().float() != logged).all()
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), run.folder)
+    loaded = [p for name, p in model.named_parameters() if "tinylora_v" in name]
+    assert {p.dtype for p in loaded} == {torch.float32}
+    torch.testing.assert_close(torch.cat([p.detach().flatten() for p in loaded]), logged, rtol=1e-6, atol=0)
+
+
+def test_the_saved_adapter_scores_the_same_in_a_new_process(run):
+    again = score_again(run)
+    assert again["greedy"] == run.result["greedy_after"]
+    assert again["greedy_answers_sha256"] == run.result["greedy_answers_sha256"]
+    assert again["sampled"] == run.result["sampled_after"]
+    assert (again["problems"], again["dtype"], again["device"]) == (40, "torch.float32", "cpu")
+
+
+def test_the_terminal_shows_the_numbers_and_no_warning(run):
+    for i in range(4):
+        assert f"{float(run.curve[-1][f'v_{i}']):+.5f}" in run.stdout
+    assert f"greedy {run.result['greedy_before']:.1%}" in run.stdout
+    assert f"loss {float(run.curve[-1]['loss']):.3f}" in run.stdout
+    assert "Warning" not in run.stderr
+
+
+def test_the_card_says_what_was_measured(run):
+    card = ModelCard.load(run.folder / "README.md")
+    metrics = {result.metric_name: result.metric_value for result in card.data.eval_results}
+    assert metrics == {
+        "accuracy, greedy": round(run.result["greedy_after"], 4),
+        "accuracy, sampled": round(run.result["sampled_after"], 4),
+    }
+    assert {"tinylora", "sft", "trl"} <= set(card.data.tags)
+    assert f"| greedy | {run.result['greedy_before']:.1%} | {run.result['greedy_after']:.1%} |" in card.text
+    for part in run.command[run.command.index("trl_recipes/sft.py") :]:
+        assert part in card.text
+    assert "| examples a step | 32 |" in card.text
+    assert "`loss_curve.csv`" in card.text
+
+
+def test_gsm8k_columns_and_a_bf16_base(launch, sums, tmp_path):
+    """Worked solutions in the answer column, in mixed precision: v stays in fp32, the score is that of a new process."""
+    from datasets import Dataset
+
+    rows = [{"question": row["prompt"], "answer": f" so #### {row['answer']}"} for row in sums]
+    files = tmp_path / "train.parquet", tmp_path / "test.parquet"
+    Dataset.from_list(rows[::2]).to_parquet(files[0])
+    Dataset.from_list(rows[1::2]).to_parquet(files[1])
+    run = launch(
+        tmp_path / "out",
+        *("--dataset_name", str(files[0]), "--eval_dataset_name", str(files[1]), "--question_column", "question"),
+        *("--dtype", "bfloat16", "--bf16", "true", "--gradient_checkpointing", "true", "--tinylora_tie", "full"),
+        *("--tinylora_n_tie", "none", "--tinylora_u", "3"),
+    )
+    assert (run.result["trained_parameters"], run.result["problems"]) == (3, 50)
+    logged = torch.tensor([float(run.curve[-1][f"v_{i}"]) for i in range(3)])
+    assert (logged.bfloat16().float() != logged).all()
+    again = score_again(run)
+    assert again["greedy"] == run.result["greedy_after"]
+    assert again["sampled"] == run.result["sampled_after"]
+
+
+@pytest.mark.parametrize("quantized", ["load_in_4bit", "load_in_8bit"])
+def test_a_quantized_base(launch, solved_file, problem_files, tmp_path, quantized):
+    """The adapter gives the same answers on a base quantized anew, in a new process, and v was never rounded."""
+    run = launch(
+        *(tmp_path, "--dataset_name", solved_file, "--eval_dataset_name", str(problem_files[1])),
+        *(f"--{quantized}", "true"),
+    )
+    logged = torch.tensor([float(run.curve[-1][f"v_{i}"]) for i in range(4)])
+    assert (logged.bfloat16().float() != logged).all()
+    assert float(run.curve[1]["loss"]) < float(run.curve[0]["loss"])
+    assert "MatMul8bitLt" not in run.stderr and "Warning" not in run.stderr
+    again = score_again(run)
+    for when, decoding in (("greedy", "greedy_after"), ("sampled", "sampled_after")):
+        assert again[when] == run.result[decoding]
+    assert again["greedy_answers_sha256"] == run.result["greedy_answers_sha256"]
+
+
+def fail(monkeypatch, *options: str) -> str:
+    """Runs `main` in this process and returns its one line of complaint."""
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--use_cpu", "true", "--bf16", "false", *options])
+    with pytest.raises(RecipeError) as error:
+        sft.main()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_mistakes_are_one_line_each(monkeypatch, tmp_path, tiny_model_dir, problem_files):
+    folder = ("--output_dir", str(tmp_path))
+    model = ("--model_name_or_path", str(tiny_model_dir))
+    assert "no model: set model_name_or_path" in fail(monkeypatch, *folder)
+    assert "no problems to train on" in fail(monkeypatch, *folder, *model)
+    files = ("--dataset_name", str(problem_files[0]), "--eval_dataset_name", str(problem_files[1]))
+    assert "no column 'question'" in fail(monkeypatch, *folder, *model, *files, "--question_column", "question")
+    missing = fail(monkeypatch, *folder, *model, *files, "--completion_column", "solution")
+    assert "no column 'solution'" in missing and "set completion_column" in missing
+    assert "chat: true needs" in fail(monkeypatch, *folder, *model, *files, "--chat", "true")
+    assert "lora_r: LoRA options" in fail(monkeypatch, *folder, *model, *files, "--lora_r", "4")
+    evaluated = fail(monkeypatch, *folder, *model, *files[:2], "--eval_strategy", "steps", "--eval_steps", "1")
+    assert "eval_strategy needs held-out rows" in evaluated
+    assert "tie='loose'" in fail(monkeypatch, *folder, *model, *files, "--tinylora_tie", "loose")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_a_finished_adapter_is_not_overwritten_unasked(monkeypatch, tmp_path, tiny_model_dir):
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(b"finished")
+    message = fail(monkeypatch, "--output_dir", str(tmp_path), "--model_name_or_path", str(tiny_model_dir))
+    assert "already holds a finished adapter" in message and "overwrite_output_dir" in message
+    assert weights.read_bytes() == b"finished"
+
+
+def test_a_mistake_in_the_script_is_one_line_without_a_traceback(tmp_path):
+    finished = in_new_process(sys.executable, "trl_recipes/sft.py", "--config", str(tmp_path / "nowhere.yaml"))
+    assert finished.returncode == 1
+    assert finished.stdout == ""
+    assert finished.stderr.startswith("error: no config file") and len(finished.stderr.splitlines()) == 1

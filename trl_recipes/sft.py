@@ -1,0 +1,243 @@
+"""Train a TinyLoRA adapter with SFT: any causal LM, any dataset in one of TRL's formats or of questions and answers.
+
+    accelerate launch trl_recipes/sft.py --config trl_recipes/configs/embedded_sft.yaml
+    python trl_recipes/sft.py --config ... --learning_rate 0.005 --output_dir outputs/slower
+
+Takes every option of `trl sft` but those of LoRA, and the `tinylora_*` ones. The loss is on the completion only, where
+there is one. Held-out problems, questions with checkable answers, are scored before and after.
+
+Leaves in `output_dir`: the adapter (adapter_model.safetensors, adapter_config.json), README.md (the model card),
+loss_curve.csv and loss_curve.png. The last line of stdout is one JSON object with the result.
+
+parse -> data -> model -> trainer -> train -> save
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+
+START = time.time()
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggingface_hub is imported
+# bitsandbytes warns at import that an optional CPU kernel is missing, and on 8-bit bases that inputs are cast.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+import transformers  # noqa: E402
+from accelerate import PartialState  # noqa: E402
+from packaging.version import Version  # noqa: E402
+from transformers import ProgressCallback  # noqa: E402
+from trl import DatasetMixtureConfig, ModelConfig, SFTConfig, SFTTrainer  # noqa: E402
+
+from peft_tinylora import TinyLoraError  # noqa: E402
+from trl_recipes.arguments import (  # noqa: E402
+    RecipeError,
+    SFTArguments,
+    TinyLoraArguments,
+    parse,
+    refuse_lora_options,
+    refuse_quantization_options,
+)
+from trl_recipes.callbacks import (  # noqa: E402
+    LOSS_COLUMNS,
+    LOSS_PROGRESS,
+    CurveCallback,
+    ShortProgressCallback,
+    draw_curve,
+)
+from trl_recipes.card import command_line, write_card  # noqa: E402
+from trl_recipes.problems import (  # noqa: E402
+    NOT_SCORED,
+    NOTHING_TO_EVALUATE,
+    dataset_names,
+    held_out_problems,
+    load_train_and_held_out,
+    to_examples,
+)
+from trl_recipes.score import score_both_ways, score_command  # noqa: E402
+from trl_recipes.trainer_setup import (  # noqa: E402
+    count_trained,
+    hide_known_noise,
+    keep_vector_in_fp32,
+    load_model,
+    load_tokenizer,
+    save_adapter,
+    tinylora_config,
+    trained_numbers,
+)
+
+
+ARGUMENT_CLASSES = (SFTArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, TinyLoraArguments)
+MOST_PRINTED = 64  # trained numbers shown in the terminal
+USAGE = "sft.py --config FILE.yaml [--option value ...]   (--help lists every option)"
+
+
+def main() -> None:
+    """Runs the recipe, top to bottom."""
+    # --- parse
+    hide_known_noise()
+    recipe_args, training_args, model_args, mixture_args, tinylora_args = parse(ARGUMENT_CLASSES, USAGE)
+    refuse_lora_options(model_args)
+    refuse_quantization_options(model_args)
+    output_dir = Path(training_args.output_dir)
+    say = PartialState().print  # on the main process only
+    if (output_dir / "adapter_model.safetensors").exists():
+        if not recipe_args.overwrite_output_dir:
+            raise RecipeError(
+                f"{output_dir} already holds a finished adapter: choose another output_dir, "
+                "or set overwrite_output_dir: true."
+            )
+        say(f"the finished adapter in {output_dir} will be replaced at the end of this run")
+
+    # --- data
+    tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
+    train_rows, held_out_rows = load_train_and_held_out(recipe_args, mixture_args)
+    has_chat_template = tokenizer.chat_template is not None or training_args.chat_template_path is not None
+    text_column = training_args.dataset_text_field
+    train_dataset = to_examples(train_rows, recipe_args, text_column, has_chat_template)
+    eval_dataset = None
+    if training_args.eval_strategy != "no":
+        if held_out_rows is None:
+            raise RecipeError(NOTHING_TO_EVALUATE)
+        eval_dataset = to_examples(held_out_rows, recipe_args, text_column, has_chat_template)
+    held_out = held_out_problems(held_out_rows, recipe_args, has_chat_template)
+    problems = 0 if held_out is None else len(held_out)
+
+    # --- model
+    model = load_model(model_args, training_args.trust_remote_code, training_args.model_init_kwargs)
+    training_args.model_init_kwargs = None  # used up: TRL warns when it is given a model and these
+    tinylora = tinylora_config(tinylora_args)
+
+    # --- trainer
+    curve = CurveCallback(output_dir / "loss_curve.csv", LOSS_COLUMNS)
+    trainer = SFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=tokenizer,
+        peft_config=tinylora,
+        callbacks=[curve],
+    )
+    keep_vector_in_fp32(trainer)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(ShortProgressCallback(LOSS_PROGRESS))
+
+    # --- train
+    trained_parameters = count_trained(trainer.model)
+    say(f"{model_args.model_name_or_path}: training {trained_parameters} numbers in fp32, {problems} held out")
+    with trainer.model.disable_adapter():
+        before, _ = score_both_ways(trainer.model, tokenizer, held_out, recipe_args, recipe_args.max_completion_length)
+    if before is None:
+        say(NOT_SCORED)
+    else:
+        say(f"before: greedy {before['greedy']:.1%}, sampled {before['sampled']:.1%}")
+    started = time.time()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    sft_seconds = time.time() - started
+
+    # --- save
+    save_adapter(trainer, output_dir)  # first of all: scoring takes a while, and Ctrl-C must not cost the training
+    # Scored outside of mixed precision, as a later process will score it.
+    policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    after, answers_sha256 = score_both_ways(
+        policy, tokenizer, held_out, recipe_args, recipe_args.max_completion_length
+    )
+    if Version(transformers.__version__) >= Version("5.18"):  # remove when that is the oldest supported
+        trainer.end()
+    if not PartialState().is_main_process:
+        return
+    adapter_bytes = (output_dir / "adapter_model.safetensors").stat().st_size
+    vector = trained_numbers(policy).tolist()
+    question = "YOUR PROMPT" if held_out is None else held_out[0]["prompt"]
+    try_it = (
+        "import peft_tinylora, transformers\n"
+        f'print(transformers.pipeline("text-generation", {str(output_dir)!r})({question!r}, do_sample=False, '
+        f'max_new_tokens={recipe_args.max_completion_length})[0]["generated_text"])'
+    )
+    score_again = None
+    if held_out is not None:
+        score_again = score_command(
+            output_dir, recipe_args, training_args, model_args, recipe_args.max_completion_length
+        )
+    title = f"{output_dir.name}: SFT loss"
+    picture = output_dir / "loss_curve.png"
+    draw_curve(curve.path, picture, title, "loss", before, after, is_share=False)
+    names = dataset_names(recipe_args, mixture_args)
+    write_card(
+        output_dir / "README.md",
+        name=output_dir.name,
+        base_model=model_args.model_name_or_path,
+        datasets=names,
+        eval_dataset=None if held_out is None else recipe_args.eval_dataset_name or names[0],
+        method="SFT",
+        curve="loss",
+        vector=vector,
+        before=before,
+        after=after,
+        problems=problems,
+        settings=settings_table(recipe_args, training_args, model_args, tinylora_args, trainer.state.max_steps),
+        command=command_line(training_args.world_size),
+        try_it=try_it,
+        score_again=score_again,
+    )
+
+    shown = vector[:MOST_PRINTED]
+    print(f"\n{len(vector)} trained numbers{':' if shown == vector else f', the first {len(shown)}:'}")
+    for start in range(0, len(shown), 7):
+        print("  " + " ".join(f"{value:+.5f}" for value in shown[start : start + 7]))
+    if after is not None:
+        print(f"\n{'held out':<12}{'before':>8}{'after':>8}")
+        for decoding in after:
+            print(f"{decoding:<12}{before[decoding]:>8.1%}{after[decoding]:>8.1%}")
+    print(f"\nsaved in {output_dir}: the adapter ({adapter_bytes} bytes), README.md, loss_curve.csv, loss_curve.png")
+    if score_again is not None:
+        print(f"score it again: {score_again}")
+    print(f"try it:\n\n{try_it}\n")
+    scores = {
+        f"{decoding}_{when}": None if values is None else values[decoding]
+        for decoding in ("greedy", "sampled")
+        for when, values in (("before", before), ("after", after))
+    }
+    result = {
+        "trained_parameters": trained_parameters,
+        **scores,
+        "greedy_answers_sha256": answers_sha256,
+        "problems": problems,
+        "sft_seconds": round(sft_seconds, 1),
+        "total_seconds": round(time.time() - float(os.environ.get("TINYLORA_DEMO_START", START)), 1),
+        "adapter_bytes": adapter_bytes,
+    }
+    print(json.dumps(result), flush=True)
+
+
+def settings_table(
+    recipe_args: SFTArguments,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    tinylora_args: TinyLoraArguments,
+    steps: int,
+) -> dict[str, object]:
+    """Returns the settings that the card shows: those of the adapter, and the training ones that change the result."""
+    examples = training_args.train_batch_size * training_args.gradient_accumulation_steps * training_args.world_size
+    return asdict(tinylora_args) | {
+        "dtype of the base": model_args.dtype,
+        "learning rate": f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type.value}",
+        "steps": steps,
+        "examples a step": examples,
+        "most tokens in an example": training_args.max_length,
+        "loss": training_args.loss_type,
+        "gradient clipping": training_args.max_grad_norm,
+        "problems generated at once when scoring": recipe_args.score_batch_size,
+        "seed": training_args.seed,
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RecipeError, TinyLoraError) as error:
+        sys.exit(f"error: {error}")
