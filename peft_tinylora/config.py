@@ -1,8 +1,8 @@
 """TinyLoraConfig: PEFT's own, plus how modules share v and where the singular values go.
 
 A config that names PEFT's fields only means what it means in PEFT. Naming any of this package's fields (`tie`, `n_tie`,
-`sigma`, `exclude_modules`, `target_parameters`) chooses this package's conventions: sigma on the left as in the paper, projections seeded
-by module name, canonical signs.
+`sigma`, `exclude_modules`, `target_parameters`) chooses this package's conventions: sigma on the left as in the paper,
+projections seeded by module name, canonical signs.
 """
 
 import math
@@ -137,8 +137,7 @@ class TinyLoraConfig(peft.TinyLoraConfig):
             if self.tie is None:
                 raise ConfigError(
                     f"weight_tying={self.weight_tying} cannot be combined with `n_tie`, `sigma`, `exclude_modules` or "
-                    "`target_parameters`: "
-                    "say how modules share a v with `tie` and `n_tie` instead."
+                    "`target_parameters`: say how modules share a v with `tie` and `n_tie` instead."
                 )
         elif self.weight_tying != 0.0:
             raise ConfigError(
