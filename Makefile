@@ -68,8 +68,11 @@ $(BACKENDS_VENV)/.installed: $(STAMP)
 	@test -x $(BACKENDS_VENV)/bin/python || $(PYTHON) -m venv $(BACKENDS_VENV)
 	@$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
 	    > "$$($(BACKENDS_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
-	@echo "test-backends: installing torchao, hqq and others (a minute)"
+	@echo "test-backends: installing torchao, hqq, aqlm and gptqmodel (some minutes)"
 	@$(BACKENDS_VENV)/bin/python -m pip --disable-pip-version-check install -qq -c constraints.txt -e '.[backends]'
+	@# gptqmodel asks for a torch newer than that of constraints.txt, and runs with this one.
+	@$(BACKENDS_VENV)/bin/python -m pip --disable-pip-version-check install -qq --no-deps gptqmodel==7.7.0 \
+	    defuser==0.0.28 device-smi==0.5.7 logbar==0.4.15 optimum==2.3.0 pypcre==0.6.4 tokenicer==0.0.14
 	@touch $@
 
 test-backends: $(BACKENDS_VENV)/.installed

@@ -9,6 +9,7 @@ The one trap: on CPUs with AVX512-BF16, bitsandbytes rewrites a 4-bit weight at 
 then on no gradient flows through the layer, without an error; see [`keep_bitsandbytes_differentiable`].
 """
 
+import copy
 from itertools import chain
 
 import peft
@@ -68,6 +69,7 @@ def check_supported(layer: nn.Module, name: str, backend: QuantizationBackend | 
             no backend reads.
     """
     if backend is not None:
+        _check_passes_gradients(name, backend)
         _check_bitsandbytes_reads(layer, name, backend)
         return
     if not isinstance(layer, PLAIN_LAYERS):
@@ -97,6 +99,15 @@ def check_floating(weight: torch.Tensor, name: str) -> None:
             f"Target module {name!r} stores its weight as {weight.dtype}, of which no singular vectors can be taken: "
             "load the base model in bfloat16, or quantize it with bitsandbytes (load_in_4bit) or another backend that "
             "PEFT knows."
+        )
+
+
+def _check_passes_gradients(name: str, backend: QuantizationBackend) -> None:
+    # Measured with neural_compressor_pt 3.10 on a CPU: of an output gradient of 1e-3, all of the input's is zero.
+    if backend.backend_name == "inc":
+        raise UnsupportedModuleError(
+            f"Target module {name!r} is quantized by Intel Neural Compressor, whose fp8 layers round small gradients to "
+            "zero: what lies below them would not be trained. Quantize the base model with bitsandbytes (load_in_4bit)."
         )
 
 
@@ -174,16 +185,20 @@ def dense_matrix(layer: nn.Module, backend: QuantizationBackend | None) -> torch
 
 @torch.no_grad()
 def _by_identity(layer: nn.Module) -> torch.Tensor:
-    """W of a layer that only computes: what it makes of the identity matrix, in the precision that it computes in."""
-    device = stored_tensor(layer).device
+    """W of a layer that only computes: what it makes of the identity matrix, in the precision that it stores scales in."""
+    # A copy, because the first forward of some kernels packs or casts what the layer stores; in training mode, because
+    # kernels for inference alone round more; without the bias, because adding it rounds.
+    layer = copy.deepcopy(layer).train()
+    layer.bias = None
+    stored = next((t for t in chain(layer.parameters(), layer.buffers()) if t.is_floating_point()), None)
+    dtype, device = (torch.float16, stored_tensor(layer).device) if stored is None else (stored.dtype, stored.device)
     blocks = []
     for start in range(0, layer.in_features, IDENTITY_ROWS):
         count = min(IDENTITY_ROWS, layer.in_features - start)
-        rows = torch.zeros(count, layer.in_features, dtype=torch.float16, device=device)
+        rows = torch.zeros(count, layer.in_features, dtype=dtype, device=device)
         rows[:, start : start + count].fill_diagonal_(1)
         blocks.append(layer(rows).float())
-    W = torch.cat(blocks).T
-    return W if layer.bias is None else W - layer.bias.float()[:, None]
+    return torch.cat(blocks).T
 
 
 def to_matrix(stored: torch.Tensor, layer: nn.Module) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """Small quantized base models, one for each backend that runs on a CPU: name -> function that loads it from a folder.
 
-Each is a real model of that backend, loaded as a user loads it, except HQQ's, which transformers refuses on a CPU.
+Each is a real model of that backend, loaded as a user loads it, except those whose layers are put into the model here:
+HQQ's, which transformers refuses on a CPU, and GPTQ's, AWQ's and AQLM's, which take a GPU and hours to quantize well. Their
+layers are the real ones, with weights rounded to the nearest.
 """
 
 import functools
@@ -42,20 +44,84 @@ def _int4_weight_only() -> object:
     return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
 
 
-def _hqq(folder: Path, dtype: torch.dtype = torch.float32, *, nbits: int) -> PreTrainedModel:
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+def _layer_by_layer(
+    folder: Path, dtype: torch.dtype = torch.float32, *, quantize: Callable[..., torch.nn.Module]
+) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
     for name, module in list(model.model.named_modules()):
         if isinstance(module, torch.nn.Linear):
-            settings = BaseQuantizeConfig(nbits=nbits, group_size=32)
-            model.model.set_submodule(name, HQQLinear(module, settings, compute_dtype=dtype, device="cpu"))
+            model.model.set_submodule(name, quantize(module, dtype))
     return model.eval()
+
+
+def _hqq(linear: torch.nn.Linear, dtype: torch.dtype, nbits: int) -> torch.nn.Module:
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    settings = BaseQuantizeConfig(nbits=nbits, group_size=32)
+    return HQQLinear(linear, settings, compute_dtype=dtype, device="cpu")
+
+
+GROUP = 32
+FOUR_BITS = {"bits": 4, "group_size": GROUP, "desc_act": False, "pack_dtype": torch.int32}
+
+
+def _to_grid(linear: torch.nn.Linear, dtype: torch.dtype) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor]:
+    """A linear layer whose weight is on a grid of 16 values for each 32 columns, its scales and zeros (out, groups)."""
+    groups = linear.weight.float().unflatten(1, (-1, GROUP))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((high - low) / 15).to(dtype).float()
+    zeros = torch.round(-low / scales).clamp(0, 15)
+    steps = torch.round(groups / scales[..., None] + zeros[..., None]).clamp(0, 15)
+    linear.weight.data = (scales[..., None] * (steps - zeros[..., None])).flatten(1)
+    return linear.float(), scales, zeros
+
+
+def _gptq(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Module:
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    linear, scales, zeros = _to_grid(linear, dtype)
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": False}
+    layer = TorchLinear(**FOUR_BITS, **sizes, sym=False, register_buffers=True)
+    columns = torch.arange(linear.in_features, dtype=torch.int32) // GROUP
+    layer.pack_original(linear, scales, zeros, columns)
+    layer.qzero_format(format=2)  # of what `pack_original` writes
+    layer.scales = layer.scales.to(dtype)
+    layer.post_init()
+    return layer
+
+
+def _awq(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Module:
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
+
+    linear, scales, zeros = _to_grid(linear, torch.float16 if dtype == torch.float32 else dtype)
+    sizes = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": False}
+    layer = AwqTorchLinear(**FOUR_BITS, **sizes, sym=False, register_buffers=False)
+    layer.pack(linear, scales, zeros)
+    if dtype == torch.bfloat16:
+        layer.scales = scales.T.contiguous().to(dtype)
+    layer.post_init()
+    return layer
+
+
+def _aqlm(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Module:
+    from aqlm import QuantizedLinear
+    from aqlm.utils import pack_int_data
+
+    # One code of 12 bits for each 8 columns of a row: each row's own pieces are the first entries of the codebook.
+    layer = QuantizedLinear(linear.in_features, linear.out_features, 8, 1, 1, 12, bias=False, dtype=dtype)
+    pieces = linear.weight.data.reshape(-1, 8)
+    nearest = torch.cdist(pieces, pieces[:4096]).argmin(1)
+    layer.codebooks.data[0, : len(pieces[:4096]), 0] = pieces[:4096].to(dtype)
+    layer.scales.data.fill_(1)
+    codes = pack_int_data(nearest.reshape(linear.out_features, -1, 1), 12)
+    layer.codes.data = codes.clone()  # made in inference mode
+    return layer.requires_grad_(False)
 
 
 def skip_unless_installed(backend: str) -> None:
     """Skip a test of a backend whose library the default environment lacks."""
     library = backend.partition("-")[0]
+    library = {"gptq": "gptqmodel", "awq": "gptqmodel"}.get(library, library)
     if library != "bnb" and importlib.util.find_spec(library) is None:
         pytest.skip(f"{library} is not installed here: make test-backends")
 
@@ -70,6 +136,10 @@ BACKENDS: dict[str, Callable[..., PreTrainedModel]] = {
     "bnb-int8": _bitsandbytes(load_in_8bit=True),
     "torchao-int8": _torchao(_int8_weight_only),
     "torchao-int4": _torchao(_int4_weight_only),
-    "hqq-4bit": functools.partial(_hqq, nbits=4),
-    "hqq-8bit": functools.partial(_hqq, nbits=8),
+    "hqq-4bit": functools.partial(_layer_by_layer, quantize=functools.partial(_hqq, nbits=4)),
+    "hqq-8bit": functools.partial(_layer_by_layer, quantize=functools.partial(_hqq, nbits=8)),
+    "gptq": functools.partial(_layer_by_layer, quantize=_gptq),
+    "awq": functools.partial(_layer_by_layer, quantize=_awq),
+    "aqlm": functools.partial(_layer_by_layer, quantize=_aqlm),
 }
+CANNOT_MERGE = ("gptq", "awq", "aqlm")  # PEFT cannot quantize a weight again for these

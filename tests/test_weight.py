@@ -1,5 +1,7 @@
 """weight.py: what a basis can be taken from, what is refused, and the dense weight of a quantized layer."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
@@ -149,3 +151,9 @@ def test_dequantizing_leaves_no_mark_of_quantization(folder):
         torch.bfloat16
     }
     assert not model.is_quantized and not hasattr(model.config, "quantization_config")
+
+
+def test_a_backend_whose_gradient_vanishes_is_refused_by_name() -> None:
+    """Stands in for Intel Neural Compressor's fp8 layers, whose library no test environment has."""
+    with pytest.raises(UnsupportedModuleError, match=r"'model\.q_proj' is quantized by Intel Neural Compressor"):
+        check_supported(nn.Linear(4, 4), "model.q_proj", SimpleNamespace(backend_name="inc"))

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from quantized import BACKENDS, skip_unless_installed
+from quantized import BACKENDS, CANNOT_MERGE, skip_unless_installed
 from support import fill_vectors, make_tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from peft_tinylora import BasisMismatchError, TinyLoraConfig, TinyLoraLayer
+from peft_tinylora import BasisMismatchError, MergeError, TinyLoraConfig, TinyLoraLayer
 
 
 pytestmark = [
@@ -40,10 +40,24 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(params=BACKENDS)
-def load(request, folder) -> Callable[..., PreTrainedModel]:
-    """Loads the base model, freshly quantized at each call."""
+def backend(request) -> str:
+    """Its name, wherever its library is installed."""
     skip_unless_installed(request.param)
-    return lambda dtype=torch.float32: BACKENDS[request.param](folder, dtype=dtype)
+    return request.param
+
+
+@pytest.fixture
+def load(backend, folder) -> Callable[..., PreTrainedModel]:
+    """Loads the base model, freshly quantized at each call."""
+    return lambda dtype=torch.float32: BACKENDS[backend](folder, dtype=dtype)
+
+
+@pytest.fixture
+def load_mergeable(backend, load) -> Callable[..., PreTrainedModel]:
+    """As `load`, of the backends that can quantize a changed weight again."""
+    if backend in CANNOT_MERGE:
+        pytest.skip(f"{backend} cannot merge: test_merging_where_it_cannot_be_done")
+    return load
 
 
 def adapt(base: PreTrainedModel, **fields: object) -> PeftModel:
@@ -107,12 +121,13 @@ def test_the_update_is_that_of_float64(load):
         assert error <= 1e-4 * np.linalg.norm(expected) + 1e-6 * base.norm().item(), name
 
 
-def test_the_gradient_is_that_of_finite_differences(load, tokens):
+def test_the_gradient_is_that_of_finite_differences(backend, load, tokens):
+    # gptqmodel's AWQ layers compute in float16, whatever they are given, which drowns small differences.
+    step, atol = (0.1, 5e-5) if backend == "awq" else (0.01, 2e-5)
     model = adapt(load(), u=1).train()
     fill_vectors(model, 0.1)
     loss_of = lambda: model(tokens).logits.double().logsumexp(-1).mean()  # noqa: E731
     loss_of().backward()
-    step = 1e-2
     for group, v in model.tinylora_v["default"].items():
         with torch.no_grad():
             v += step
@@ -120,7 +135,7 @@ def test_the_gradient_is_that_of_finite_differences(load, tokens):
             v -= 2 * step
             below = loss_of()
             v += step
-        assert v.grad.item() == pytest.approx(((above - below) / (2 * step)).item(), rel=0.02, abs=2e-5), group
+        assert v.grad.item() == pytest.approx(((above - below) / (2 * step)).item(), rel=0.02, abs=atol), group
 
 
 def test_gradients_pass_after_generation(load, tokens):
@@ -170,8 +185,8 @@ def state_of(model: PeftModel) -> dict[str, object]:
 
 
 @torch.no_grad()
-def test_unmerging_gives_back_the_base_bit_for_bit(load, tokens):
-    model = adapt(load())
+def test_unmerging_gives_back_the_base_bit_for_bit(load_mergeable, tokens):
+    model = adapt(load_mergeable())
     fill_vectors(model)
     before = copy.deepcopy(state_of(model))
     logits = model(tokens).logits
@@ -189,8 +204,8 @@ def test_unmerging_gives_back_the_base_bit_for_bit(load, tokens):
 
 
 @torch.no_grad()
-def test_the_report_is_that_of_the_weights_before_and_after(load):
-    model = adapt(load())
+def test_the_report_is_that_of_the_weights_before_and_after(load_mergeable):
+    model = adapt(load_mergeable())
     fill_vectors(model)
     layers = layers_of(model.base_model.model)
     before = {name: what_it_multiplies_by(layer.base_layer) for name, layer in layers.items()}
@@ -206,7 +221,22 @@ def test_the_report_is_that_of_the_weights_before_and_after(load):
 
 
 @torch.no_grad()
-def test_merging_and_dequantizing_gives_a_float_model(load, tokens, tmp_path):
+def test_merging_where_it_cannot_be_done(backend, load, tokens):
+    if backend not in CANNOT_MERGE:
+        pytest.skip(f"{backend} can merge: test_unmerging_gives_back_the_base_bit_for_bit")
+    model = adapt(load())
+    fill_vectors(model)
+    logits = model(tokens).logits
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(
+            MergeError, match=r"'model\.layers\.0\.self_attn\.q_proj'.*merge_and_unload\(dequantize=True\)"
+        ):
+            merge()
+        assert torch.equal(model(tokens).logits, logits)
+
+
+@torch.no_grad()
+def test_merging_and_dequantizing_gives_a_float_model(backend, load, tokens, tmp_path):
     model = adapt(load(), target_modules=["q_proj", "down_proj"])  # the others are to be dequantized too
     fill_vectors(model)
     expected = model.train()(tokens).logits  # bitsandbytes' 8-bit layers round their input in evaluation mode
@@ -215,7 +245,8 @@ def test_merging_and_dequantizing_gives_a_float_model(load, tokens, tmp_path):
         merged = model.merge_and_unload(dequantize=True).eval()
     assert {type(module) for module in merged.modules() if hasattr(module, "in_features")} == {nn.Linear}
     assert {p.dtype for p in merged.parameters()} == {torch.float32}
-    torch.testing.assert_close(merged(tokens).logits, expected, atol=1e-5, rtol=1e-4)
+    atol, rtol = (1e-3, 1e-2) if backend == "awq" else (1e-5, 1e-4)  # which computes in float16
+    torch.testing.assert_close(merged(tokens).logits, expected, atol=atol, rtol=rtol)
     merged.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(again(tokens).logits, merged(tokens).logits)
@@ -238,7 +269,7 @@ def test_a_second_adapter_and_switching(load, tokens):
 
 
 @torch.no_grad()
-def test_what_users_do_around_an_adapter(load, tokens, tmp_path):
+def test_what_users_do_around_an_adapter(backend, load, tokens, tmp_path):
     """low_cpu_mem_usage, deepcopy, transformers' own add_adapter and load_adapter, moving to the same device."""
     model = adapt(load())
     fill_vectors(model)
@@ -247,9 +278,10 @@ def test_what_users_do_around_an_adapter(load, tokens, tmp_path):
     low = PeftModel.from_pretrained(load(), tmp_path / "peft", low_cpu_mem_usage=True).eval()
     assert torch.equal(low(tokens).logits, expected)
     assert torch.equal(copy.deepcopy(model)(tokens).logits, expected)
-    model.merge_adapter()
-    model.to("cpu")
-    model.unmerge_adapter()
+    if backend not in CANNOT_MERGE:
+        model.merge_adapter()
+        model.to("cpu")
+        model.unmerge_adapter()
     assert torch.equal(model(tokens).logits, expected)
 
     base = load()
