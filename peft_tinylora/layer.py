@@ -53,7 +53,8 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         self.tinylora_dropout = nn.ModuleDict({})
         self.r: dict[str, int] = {}
         self.u: dict[str, int] = {}
-        self._tinylora_v_key: dict[str, tuple[str, ...]] = {}  # the groups
+        self._groups: dict[str, tuple[str, ...]] = {}
+        self._tinylora_v_key: dict[str, str] = {}  # the first of them, under the name that PEFT's layers have for it
         self._basis_makers: dict[str, Callable[[torch.Tensor], Basis]] = {}
         self._shared_vectors = (vectors,)  # in a tuple, or nn.Module would register it here
         self._kept: KeptBase | None = None  # the original while merged
@@ -104,7 +105,8 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         self.tinylora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
         self.r[adapter_name] = r
         self.u[adapter_name] = projection.shape[-3]
-        self._tinylora_v_key[adapter_name] = groups
+        self._groups[adapter_name] = groups
+        self._tinylora_v_key[adapter_name] = groups[0]
         self._basis_makers[adapter_name] = make_basis
 
     def ensure_basis(self, adapter_name: str) -> None:
@@ -137,9 +139,13 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         """A matrix (out, in) in the orientation that the base layer stores."""
         return to_stored(matrix, self.get_base_layer())
 
+    def groups(self, adapter_name: str) -> tuple[str, ...]:
+        """Which v this layer reads for an adapter: one, or one for each expert."""
+        return self._groups[adapter_name]
+
     def vectors(self, adapter_name: str) -> list[nn.Parameter]:
         """The v that this layer reads for an adapter: one, or one for each expert."""
-        return [self.tinylora_v[adapter_name][group] for group in self._tinylora_v_key[adapter_name]]
+        return [self.tinylora_v[adapter_name][group] for group in self.groups(adapter_name)]
 
     def mixing_matrix(self, adapter_name: str) -> torch.Tensor:
         """R (r, r) of an adapter, differentiable in v."""
@@ -162,7 +168,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
     def forget(self, adapter_name: str) -> None:
         """Drop what this layer holds of an adapter. Its v, and which adapters are active, stay as they are."""
         factors = (self.tinylora_A, self.tinylora_B, self.tinylora_P, self.tinylora_dropout)
-        for entries in (*factors, self.r, self.u, self._tinylora_v_key, self._basis_makers):
+        for entries in (*factors, self.r, self.u, self._groups, self._tinylora_v_key, self._basis_makers):
             if adapter_name in entries:
                 del entries[adapter_name]
 
@@ -171,7 +177,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
 
     def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
         """As `nn.Module.requires_grad_`, for the vectors that this layer reads too: transformers freezes layer by layer."""
-        for adapter_name in self._tinylora_v_key:
+        for adapter_name in self._groups:
             for v in self.vectors(adapter_name):
                 v.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)

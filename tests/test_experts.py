@@ -18,7 +18,14 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
-from peft_tinylora import BasisMismatchError, ConfigError, TinyLoraConfig, UnsupportedModuleError, plan
+from peft_tinylora import (
+    BasisMismatchError,
+    ConfigError,
+    TinyLoraConfig,
+    TinyLoraLayer,
+    UnsupportedModuleError,
+    plan,
+)
 from peft_tinylora.experts import AdaptedWeight, ParamWrapper
 
 
@@ -134,7 +141,7 @@ def test_every_expert_has_its_own_basis_and_counts_as_a_module_in_tying():
         A = wrapper.tinylora_A["default"]
         assert A.shape == (4, 2, wrapper.in_features)
         assert torch.linalg.matrix_rank(A.reshape(8, -1)) == 8
-    assert [w._tinylora_v_key["default"] for w in wrappers(model)] == [
+    assert [w.groups("default") for w in wrappers(model)] == [
         ("1",) * 4,
         ("0",) * 4,
         ("3",) * 4,
@@ -145,14 +152,14 @@ def test_every_expert_has_its_own_basis_and_counts_as_a_module_in_tying():
     assert len(adapt(make("mixtral"), tie="structured", n_tie=3).tinylora_v["default"]) == 6
     pattern = {"even": r".*experts\.[02]\..*", "odd": r".*experts\.[13]\..*"}
     by_expert = adapt(make("mixtral"), tie=pattern, n_tie=None)
-    assert [w._tinylora_v_key["default"] for w in wrappers(by_expert)] == [("0", "1", "0", "1")] * 4
+    assert [w.groups("default") for w in wrappers(by_expert)] == [("0", "1", "0", "1")] * 4
     assert plan(make("mixtral"), 3, target_modules=[], target_parameters=EXPERTS).n_tie == 6
 
 
 def test_linear_modules_and_experts_share_v_in_model_order():
     model = adapt(make("mixtral"), target_modules=["o_proj"], tie="tiled", n_tie=9)
     assert len(model.tinylora_v["default"]) == 2  # a layer is o_proj and 8 expert matrices
-    groups = [module._tinylora_v_key["default"] for module in model.modules() if hasattr(module, "_tinylora_v_key")]
+    groups = [module.groups("default") for module in model.modules() if isinstance(module, TinyLoraLayer)]
     assert groups == [("0",), ("0",) * 4, ("0",) * 4, ("1",), ("1",) * 4, ("1",) * 4]
 
 
