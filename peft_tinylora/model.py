@@ -28,7 +28,7 @@ from .vector import new_vector
 from .weight import (
     dequantize_model,
     floating_dtype,
-    keep_bitsandbytes_differentiable,
+    keep_differentiable,
     working_dtype,
 )
 
@@ -110,7 +110,7 @@ class TinyLoraModel(BaseTuner):
         check_peft_fields(config)
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         targets = find_targets(model, config) if state_dict is None else targets_in_state_dict(model, state_dict)
-        keep_bitsandbytes_differentiable(model)
+        keep_differentiable(model)
         twin = self._adapter_with_same_settings(adapter_name, config)
         self._assignments = assign(model, targets, config, twin)
         expand_all_linear(config, model)

@@ -5,8 +5,8 @@ whatever the layer stores: `nn.Linear` keeps (out, in), transformers' `Conv1D` k
 (num_embeddings, embedding_dim), of which the rows are looked up rather than multiplied, and a quantized layer keeps
 packed integers that PEFT's quantization backends read.
 
-The one trap: on CPUs with AVX512-BF16, bitsandbytes rewrites a 4-bit weight at the first evaluation forward, and from
-then on no gradient flows through the layer, without an error; see [`keep_bitsandbytes_differentiable`].
+The one trap: on CPUs, bitsandbytes (with AVX512-BF16) and gptqmodel rewrite a 4-bit weight at the first evaluation
+forward, and from then on no gradient flows through the layer, without an error; see [`keep_differentiable`].
 """
 
 import copy
@@ -69,7 +69,8 @@ def check_supported(layer: nn.Module, name: str, backend: QuantizationBackend | 
             no backend reads.
     """
     if backend is not None:
-        _check_passes_gradients(name, backend)
+        _check_only_multiplies(layer, name, backend)
+        _check_passes_gradients(layer, name, backend)
         _check_bitsandbytes_reads(layer, name, backend)
         return
     if not isinstance(layer, PLAIN_LAYERS):
@@ -102,13 +103,35 @@ def check_floating(weight: torch.Tensor, name: str) -> None:
         )
 
 
-def _check_passes_gradients(name: str, backend: QuantizationBackend) -> None:
+def _check_only_multiplies(layer: nn.Module, name: str, backend: QuantizationBackend) -> None:
+    if backend.backend_name == "te" and type(layer).__name__ != "Linear":
+        raise UnsupportedModuleError(
+            f"Target module {name!r} ({type(layer).__name__} of TransformerEngine) normalizes its input before it "
+            "multiplies, so that no update of a weight can be added beside it. Take it out of `target_modules` or name "
+            "it in `exclude_modules`."
+        )
+
+
+def _check_passes_gradients(layer: nn.Module, name: str, backend: QuantizationBackend) -> None:
+    if _gptqmodel_mode(layer) == "inference":
+        raise UnsupportedModuleError(
+            f"Target module {name!r}: gptqmodel has packed this weight for inference on this CPU (its first forward in "
+            "evaluation mode does), and gradients no longer pass it. Load the base model anew and add the adapter "
+            "before the first forward."
+        )
     # Measured with neural_compressor_pt 3.10 on a CPU: of an output gradient of 1e-3, all of the input's is zero.
     if backend.backend_name == "inc":
         raise UnsupportedModuleError(
             f"Target module {name!r} is quantized by Intel Neural Compressor, whose fp8 layers round small gradients to "
             "zero: what lies below them would not be trained. Quantize the base model with bitsandbytes (load_in_4bit)."
         )
+
+
+def _gptqmodel_mode(module: nn.Module) -> str | None:
+    """What a layer of gptqmodel decided at its first forward on a CPU: "inference", "train", "undecided", or `None`."""
+    if not type(module).__module__.startswith("gptqmodel.") or not hasattr(module, "linear_mode"):
+        return None
+    return getattr(module.linear_mode, "value", module.linear_mode) or "undecided"
 
 
 def _check_bitsandbytes_reads(layer: nn.Module, name: str, backend: QuantizationBackend) -> None:
@@ -132,16 +155,19 @@ def _check_bitsandbytes_reads(layer: nn.Module, name: str, backend: Quantization
         )
 
 
-def keep_bitsandbytes_differentiable(model: nn.Module) -> None:
-    """Switch off what breaks training on a 4-bit base on CPUs with AVX512-BF16 (bitsandbytes 0.49 to 0.50.2).
+def keep_differentiable(model: nn.Module) -> None:
+    """Switch off what breaks training on a 4-bit base on a CPU: bitsandbytes 0.49 to 0.50.2 and gptqmodel 7.7.0.
 
-    There, the first forward in evaluation mode packs the weight, rounds its scales to bf16 for good, and leaves an
-    operator without a gradient: the generation of the first GRPO step would cut off every layer below.
+    There, the first forward in evaluation mode packs the weight and leaves an operator without a gradient (bitsandbytes
+    with AVX512-BF16, rounding the scales to bf16 for good): the generation of the first GRPO step would cut off every
+    layer below.
     """
     for module in model.modules():
         # By name, so that a model without 4-bit layers does not import bitsandbytes.
         if type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4"):
             module.support_avx512bf16_for_cpu = False
+        elif _gptqmodel_mode(module) == "undecided":
+            module.linear_mode = "train"
 
 
 def stores_transposed(layer: nn.Module) -> bool:
@@ -188,7 +214,8 @@ def _by_identity(layer: nn.Module) -> torch.Tensor:
     """W of a layer that only computes: what it makes of the identity matrix, in the precision that it stores scales in."""
     # A copy, because the first forward of some kernels packs or casts what the layer stores; in training mode, because
     # kernels for inference alone round more; without the bias, because adding it rounds.
-    layer = copy.deepcopy(layer).train()
+    layer = copy.deepcopy(layer)
+    layer.training = True  # not by `train()`, which gptqmodel's kernels for inference refuse
     layer.bias = None
     stored = next((t for t in chain(layer.parameters(), layer.buffers()) if t.is_floating_point()), None)
     dtype, device = (torch.float16, stored_tensor(layer).device) if stored is None else (stored.dtype, stored.device)

@@ -2,7 +2,7 @@
 
 Each is a real model of that backend, loaded as a user loads it, except those whose layers are put into the model here:
 HQQ's, which transformers refuses on a CPU, and GPTQ's, AWQ's and AQLM's, which take a GPU and hours to quantize well. Their
-layers are the real ones, with weights rounded to the nearest.
+layers are the real ones, with weights rounded to the nearest; "-hub" are checkpoints of them, loaded by transformers.
 """
 
 import functools
@@ -12,13 +12,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AwqConfig,
+    BitsAndBytesConfig,
+    GPTQConfig,
+    PreTrainedModel,
+    TorchAoConfig,
+)
 
 
-def _load(folder: Path, config: object, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        folder, quantization_config=config, device_map={"": "cpu"}, dtype=dtype
-    ).eval()
+def _load(folder: Path, config: object = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    settings = (
+        {} if config is None else {"quantization_config": config}
+    )  # None would take the checkpoint for a float one
+    return AutoModelForCausalLM.from_pretrained(folder, device_map={"": "cpu"}, dtype=dtype, **settings).eval()
 
 
 def _bitsandbytes(**options: object) -> Callable[..., PreTrainedModel]:
@@ -118,6 +127,39 @@ def _aqlm(linear: torch.nn.Linear, dtype: torch.dtype) -> torch.nn.Module:
     return layer.requires_grad_(False)
 
 
+HUB = {
+    "gptq": (_gptq, {**FOUR_BITS, "sym": False, "format": "gptq_v2"}),
+    "awq": (_awq, {**FOUR_BITS, "zero_point": True, "version": "gemm"}),
+    "aqlm": (
+        _aqlm,
+        {
+            "in_group_size": 8,
+            "out_group_size": 1,
+            "num_codebooks": 1,
+            "nbits_per_codebook": 12,
+            "linear_weights_not_to_quantize": ["lm_head"],
+        },
+    ),
+}
+
+
+def _hub(folder: Path, dtype: torch.dtype = torch.float32, *, method: str, config: object = None) -> PreTrainedModel:
+    """A checkpoint of the model in `folder`, written once, and loaded as any from the Hub."""
+    checkpoint = folder / method
+    if not checkpoint.exists():
+        quantize, settings = HUB[method]
+        stored = torch.float32 if method == "aqlm" else torch.float16
+        model = _layer_by_layer(folder, stored, quantize=quantize)
+        model.config.quantization_config = {
+            "quant_method": method,
+            **{key: value for key, value in settings.items() if key != "pack_dtype"},
+        }
+        model.config.save_pretrained(checkpoint)
+        state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(state, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    return _load(checkpoint, config() if config else None, dtype)
+
+
 def skip_unless_installed(backend: str) -> None:
     """Skip a test of a backend whose library the default environment lacks."""
     library = backend.partition("-")[0]
@@ -141,5 +183,16 @@ BACKENDS: dict[str, Callable[..., PreTrainedModel]] = {
     "gptq": functools.partial(_layer_by_layer, quantize=_gptq),
     "awq": functools.partial(_layer_by_layer, quantize=_awq),
     "aqlm": functools.partial(_layer_by_layer, quantize=_aqlm),
+    # Where the CPU has AVX512-BF16, the default is a kernel for inference alone, and `train()` says so.
+    "gptq-hub": functools.partial(_hub, method="gptq", config=lambda: GPTQConfig(4, backend="auto_trainable")),
+    "awq-hub": functools.partial(_hub, method="awq", config=lambda: AwqConfig(backend="auto_trainable")),
+    "aqlm-hub": functools.partial(_hub, method="aqlm"),
 }
-CANNOT_MERGE = ("gptq", "awq", "aqlm")  # PEFT cannot quantize a weight again for these
+CANNOT_MERGE = (
+    "gptq",
+    "awq",
+    "aqlm",
+    "gptq-hub",
+    "awq-hub",
+    "aqlm-hub",
+)  # PEFT cannot quantize a weight again for these

@@ -7,7 +7,7 @@ import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
-from quantized import BACKENDS, skip_unless_installed
+from quantized import BACKENDS, GROUP, HUB, skip_unless_installed
 from support import make_tiny_llama
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -110,6 +110,63 @@ def test_a_weight_that_cannot_be_read_is_asked_of_the_forward(monkeypatch, bias)
     layer = ComputesOnly(24, 40, bias)
     W = dense_matrix(layer, ForwardOnlyQuantizationBackend("gptq"))
     torch.testing.assert_close(W, layer.hidden, atol=4e-3, rtol=2e-3)  # through float16
+
+
+def packed_layer(method: str, dtype: torch.dtype) -> tuple[nn.Module, torch.Tensor]:
+    """A real layer of that method, (96, 64), and the weight that it was made of.
+
+    Its bias is of the size of Qwen2's: in float16, a weight and such a bias add up to the bias.
+    """
+    skip_unless_installed(method)
+    linear = nn.Linear(64, 96, bias=False).requires_grad_(False)
+    weight = linear.weight.detach().clone()
+    layer = HUB[method][0](linear, dtype).eval()
+    layer.bias = nn.Parameter((100 * torch.randn(96)).to(dtype), requires_grad=False)
+    return layer, weight
+
+
+def numbers_in(packed: torch.Tensor, axis: int, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
+    """The 4-bit numbers in int32: eight in each, in this order, one after the other along `axis`."""
+    return torch.stack([packed >> 4 * place & 15 for place in order], dim=axis + 1).flatten(axis, axis + 1).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_the_weight_of_gptq_and_awq_is_scale_times_number_less_zero(method, dtype):
+    """Put together by hand from the packed buffers, which stay as they were."""
+    layer, _ = packed_layer(method, dtype)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    order = (0, 4, 1, 5, 2, 6, 3, 7) if method == "awq" else tuple(range(8))
+    numbers = numbers_in(layer.qweight, 1 if method == "awq" else 0, order).T.view(96, -1, GROUP)
+    zeros, scales = numbers_in(layer.qzeros, 1, order).T[:, :, None], layer.scales.float().T[:, :, None]
+    W = dense_matrix(layer, quantization_backend(layer, nn.Identity()))
+    rounding = torch.finfo(dtype).eps  # it multiplies in that dtype
+    torch.testing.assert_close(W, ((numbers - zeros) * scales).flatten(1), atol=0, rtol=rounding)
+    after = layer.state_dict()
+    assert all(torch.equal(value, after[key]) and value.dtype == after[key].dtype for key, value in before.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_of_aqlm_is_its_codebook(dtype):
+    layer, weight = packed_layer("aqlm", dtype)
+    W = dense_matrix(layer, quantization_backend(layer, nn.Identity()))
+    assert torch.equal(W, weight.to(dtype).float())
+
+
+def test_a_weight_that_gptqmodel_packed_for_inference_is_refused(folder, tokens):
+    skip_unless_installed("gptq")
+    model = BACKENDS["gptq-hub"](folder, dtype=torch.bfloat16)
+    with torch.no_grad():
+        model(tokens)
+    with pytest.raises(UnsupportedModuleError, match=r"gptqmodel has packed.*before the first forward"):
+        get_peft_model(model, TinyLoraConfig(**CONFIG))
+
+
+def test_layers_of_transformer_engine_with_a_norm_are_refused():
+    """Stands in for layers whose library needs CUDA to be built."""
+    layer = type("LayerNormLinear", (nn.Module,), {})()
+    with pytest.raises(UnsupportedModuleError, match=r"'qkv' .LayerNormLinear.* normalizes its input"):
+        check_supported(layer, "qkv", ForwardOnlyQuantizationBackend("te"))
 
 
 def test_another_layer_is_refused_by_name():
