@@ -6,7 +6,7 @@ Everything that can fail, for every target, before the first module is replaced.
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,11 +16,13 @@ from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 
 from .basis import Basis, compute_basis
+from .build import Request, build_bases
 from .config import TinyLoraConfig, conventions_of
 from .errors import BasisError
 from .experts import wrapper_of_parameter
 from .layer import TinyLoraLayer
 from .projection import draw_projection, seed_of_module
+from .source import WeightSource
 from .targets import Target
 from .tying import group_modules, group_modules_by_ratio
 from .weight import (
@@ -37,10 +39,11 @@ from .weight import (
 class Assignment(NamedTuple):
     """What one target, a module or a parameter, gets."""
 
-    groups: tuple[str, ...]  # one, or one for each expert
+    matrix_names: tuple[str, ...]  # one, or one for each expert
+    groups: tuple[str, ...]  # of each of them
     r: int
     basis: Basis | None  # None: to be loaded
-    make_basis: Callable[[torch.Tensor], Basis]
+    make_basis: Callable[[TinyLoraLayer], Basis]  # for one that is not loaded after all
     projection: torch.Tensor  # (u, r, r), or (experts, u, r, r)
     backend: QuantizationBackend | None  # None: the weight is a floating point one
 
@@ -71,24 +74,76 @@ def assign(
     if not read_from_file(config):
         warn_if_overparametrised(config, groups)
 
-    assignments = {}
-    for index, (key, own_names, parameter_name) in enumerate(targets):
-        weight = TargetWeight(model, key, parameter_name)
-        r = bounded_rank(config, weight.shape, key)
-        make_basis = functools.partial(
-            compute_basis, r=r, sigma=conventions.sigma, canonical=conventions.from_paper, name=key
-        )
+    weights = {target.key: TargetWeight(model, target.key, target.parameter_name) for target in targets}
+    source = WeightSource(model, config, weights.values())
+    assignments, requests = {}, []
+    for index, (key, own_names, _) in enumerate(targets):
+        weight = weights[key]
+        r = bounded_rank(config, weight.matrix_shape(), key)
+        basis = None
         if twin is not None and weight.adapted is not None and twin in weight.adapted.tinylora_A:
             basis, projection = weight.adapted.copy_of_factors(twin)
         else:
-            by_name = [seed_of_module(config.projection_seed, name) for name in own_names]
-            seeds = by_name if conventions.from_paper else [config.projection_seed + index]
-            draws = torch.stack([draw_projection(config.u, r, seed) for seed in seeds])
-            projection = draws if len(weight.shape) == 3 else draws[0]
-            basis = None if read_from_file(config) else make_basis(weight.unmerged_matrix())
+            projection = projection_of(config, own_names, index, r, stacked=len(weight.matrix_shape()) == 3)
+            if not read_from_file(config):
+                read = functools.partial(read_weight, source, key, weight)
+                requests.append(Request(key, weight.matrix_shape(), r, read))
+
+        make_basis = functools.partial(
+            basis_of_layer,
+            source=source,
+            r=r,
+            sigma=conventions.sigma,
+            canonical=conventions.from_paper,
+            name=key,
+        )
         own_groups = tuple(str(groups[name]) for name in own_names)
-        assignments[key] = Assignment(own_groups, r, basis, make_basis, projection, weight.backend)
-    return assignments
+        assignments[key] = Assignment(
+            tuple(own_names), own_groups, r, basis, make_basis, projection, weight.quantization_backend
+        )
+    bases = build_bases(
+        requests,
+        sigma=conventions.sigma,
+        canonical=conventions.from_paper,
+        base=source.base,
+        weights=source.form,
+        repository=source.repository,
+    )
+    return {key: given._replace(basis=bases.get(key, given.basis)) for key, given in assignments.items()}
+
+
+def projection_of(config: PeftConfig, names: Sequence[str], index: int, r: int, stacked: bool) -> torch.Tensor:
+    """P of one target, from the seed of its config.
+
+    Args:
+        config (`PeftConfig`): the adapter's.
+        names (`Sequence[str]`): of its matrices, one for each expert.
+        index (`int`): which target it is, in model order; PEFT's seeds depend on it.
+        r (`int`): rank.
+        stacked (`bool`): whether the weight is a stack of experts.
+
+    Returns:
+        `torch.Tensor`: shape (u, r, r), or (experts, u, r, r); float32, on the CPU.
+    """
+    if conventions_of(config).from_paper:
+        seeds = [seed_of_module(config.projection_seed, name) for name in names]
+    else:
+        seeds = [config.projection_seed + index]
+    draws = torch.stack([draw_projection(config.u, r, seed) for seed in seeds])
+    return draws if stacked else draws[0]
+
+
+def read_weight(source: WeightSource, name: str, weight: "TargetWeight | TinyLoraLayer") -> torch.Tensor:
+    """W of a target or of an adapted layer, from the model or from its checkpoint, as the config says."""
+    original = source.read_original(name, weight.get_base_layer(), weight.quantization_backend, weight.matrix_shape())
+    return weight.unmerged_matrix() if original is None else original
+
+
+def basis_of_layer(
+    layer: TinyLoraLayer, *, source: WeightSource, r: int, sigma: str, canonical: bool, name: str
+) -> Basis:
+    """The basis of one adapted layer, computed; see [`compute_basis`]."""
+    return compute_basis(read_weight(source, name, layer), r, sigma, canonical, name)
 
 
 class TargetWeight:
@@ -107,20 +162,28 @@ class TargetWeight:
         module = model.get_submodule(key if parameter_name is None else key.rpartition(".")[0])
         layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         self.adapted: TinyLoraLayer | None = None
-        self.backend = None
+        self.quantization_backend = None
         if parameter_name is None:
             if isinstance(module, TinyLoraLayer):
                 self.adapted = module
-                self.backend = module.quantization_backend
+                self.quantization_backend = module.quantization_backend
             else:
-                self.backend = quantization_backend(layer, model)
-                check_supported(layer, key, self.backend)
-            self.shape = matrix_shape(layer)
+                self.quantization_backend = quantization_backend(layer, model)
+                check_supported(layer, key, self.quantization_backend)
+            self._shape = matrix_shape(layer)
         else:
             check_parameter(getattr(layer, parameter_name), key)
             self.adapted = wrapper_of_parameter(module, parameter_name)
-            self.shape = parameter_shape(layer, parameter_name)
+            self._shape = parameter_shape(layer, parameter_name)
         self._layer, self._parameter_name = layer, parameter_name
+
+    def get_base_layer(self) -> nn.Module:
+        """The module whose weight it is, without a tuner's layer around it."""
+        return self._layer
+
+    def matrix_shape(self) -> tuple[int, ...]:
+        """Shape (out, in), or (experts, out, in)."""
+        return self._shape
 
     def unmerged_matrix(self) -> torch.Tensor:
         """W (out, in), or (experts, out, in), in fp32 or better."""
@@ -128,7 +191,7 @@ class TargetWeight:
             return self.adapted.unmerged_matrix()
         if self._parameter_name is not None:
             return parameter_matrix(self._layer, self._parameter_name)
-        return dense_matrix(self._layer, self.backend)
+        return dense_matrix(self._layer, self.quantization_backend)
 
 
 def read_from_file(config: PeftConfig) -> bool:

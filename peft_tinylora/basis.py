@@ -9,20 +9,36 @@ The one trap: a pair (u_i, v_i) may be negated without changing W, but the *rela
 B R A. LAPACK's choice differs between machines and routines; `canonical_signs` does not.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 
 from .errors import BasisError
+from .triplets import ANGLE, exact_products, largest_entry, leading_triplets
 
 
 class Basis(NamedTuple):
-    """Frozen factors of one module: A (r, in) and B (out, r), pairs in the order of their singular values."""
+    """Frozen factors of one module, or of each of its experts, pairs in the order of their singular values.
+
+    Args:
+        A (`torch.Tensor`): shape (r, in), or (experts, r, in).
+        B (`torch.Tensor`): shape (out, r), or (experts, out, r).
+        angle (`float`): bound on the sine of the angle of each vector to the exact one; infinite where leading values
+            coincide or nothing is known of the factors.
+    """
 
     A: torch.Tensor
     B: torch.Tensor
+    angle: float = math.inf
+
+    @property
+    def determined(self) -> bool:
+        """Whether the weight alone determines the factors, so that another machine finds the same."""
+        return self.angle <= ANGLE
 
 
+@exact_products()
 def compute_basis(W: torch.Tensor, r: int, sigma: str, canonical: bool = True, name: str = "") -> Basis:
     """The leading `r` singular triplets of `W`, as factors.
 
@@ -31,37 +47,61 @@ def compute_basis(W: torch.Tensor, r: int, sigma: str, canonical: bool = True, n
             each expert's matrix gets a basis of its own.
         r (`int`): number of triplets, at most min(out, in).
         sigma (`str`): `"left"` or `"split"`, where the singular values go (see the module's docstring).
-        canonical (`bool`, *optional*, defaults to `True`): choose signs by [`canonical_signs`]. `False` keeps LAPACK's,
-            which is what stock PEFT trains with.
+        canonical (`bool`, *optional*, defaults to `True`): truncated decomposition and signs by [`canonical_signs`].
+            `False` decomposes in full and keeps LAPACK's signs, which is what stock PEFT trains with.
         name (`str`, *optional*): the module's name, for messages.
 
     Returns:
-        [`Basis`], contiguous, in the dtype and on the device of `W`; of experts, stacked along a first dimension.
+        [`Basis`], contiguous, in the dtype and on the device of `W`; of experts, stacked along a first dimension. All
+        zero for a weight that is, and for a pair whose singular value is.
 
     Raises:
         BasisError: if W holds NaN or Inf, or has fewer than `r` rows or columns.
     """
     if W.ndim == 3:
         bases = [compute_basis(matrix, r, sigma, canonical, f"{name}, expert {i}") for i, matrix in enumerate(W)]
-        return Basis(*map(torch.stack, zip(*bases, strict=True)))
+        A, B, angles = zip(*bases, strict=True)
+        return Basis(torch.stack(A), torch.stack(B), max(angles))
     if r > min(W.shape):
         raise BasisError(
             f"r={r} is larger than the smallest side of the weight of module {name!r}, shape {tuple(W.shape)}. Use "
             f"r={min(W.shape)} or less, or take the module out of `target_modules`."
         )
-    if not W.is_meta and not torch.isfinite(W).all():
+    if W.is_meta:
+        return Basis(W.new_empty(r, W.shape[1]), W.new_empty(W.shape[0], r))
+    if not math.isfinite(largest_entry(W)):
         raise BasisError(
             f"the weight of module {name!r} holds NaN or Inf: no basis can be taken from it. Load the base model anew, "
             "or take the module out of `target_modules`."
         )
-    U, S, Vh = torch.linalg.svd(W, full_matrices=False)
-    U, S, Vh = U[:, :r], S[:r], Vh[:r]
-    if canonical:
-        U, Vh = canonical_signs(U, Vh)
+    if not canonical:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return place_sigma(Basis(Vh[:r].contiguous(), (U[:, :r] * S[:r]).contiguous()), sigma)
+    # MPS has no float64.
+    found = leading_triplets(W.cpu() if W.device.type == "mps" else W, r)
+    U, Vh = canonical_signs(found.U.T, found.V)
+    left = Basis(Vh.to(W).contiguous(), (U * found.S).to(W).contiguous(), found.angle)
+    return place_sigma(left, sigma)
+
+
+def place_sigma(left: Basis, sigma: str) -> Basis:
+    """Factors with the singular values on the left -> those with the values where `sigma` says."""
     if sigma == "left":
-        return Basis(Vh.contiguous(), (U * S).contiguous())
-    root = S.sqrt()
-    return Basis((root[:, None] * Vh).contiguous(), (U * root).contiguous())
+        return left
+    root = left.B.norm(dim=-2).sqrt()
+    return Basis(left.A * root[..., :, None], left.B / _nonzero(root)[..., None, :], left.angle)
+
+
+def sigma_on_left(basis: Basis, sigma: str) -> Basis:
+    """The inverse of [`place_sigma`]."""
+    if sigma == "left":
+        return basis
+    root = basis.B.norm(dim=-2)
+    return Basis(basis.A / _nonzero(root)[..., :, None], basis.B * root[..., None, :], basis.angle)
+
+
+def _nonzero(values: torch.Tensor) -> torch.Tensor:
+    return torch.where(values == 0, torch.ones_like(values), values)
 
 
 def canonical_signs(U: torch.Tensor, Vh: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,6 +119,7 @@ def canonical_signs(U: torch.Tensor, Vh: torch.Tensor) -> tuple[torch.Tensor, to
     return U * signs, Vh * signs[:, None]
 
 
+@exact_products()
 def residual(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> float:
     """How far (A, B) are from being the singular factors of `W`, relative to the largest singular value s_1.
 

@@ -1,27 +1,34 @@
 """The tensors of an adapter <-> the tensors of its file, `adapter_model.safetensors`.
 
-In the file, for each adapted module NAME of the base model, and each group G of modules that share a v:
+The compact form, of which compact.py knows what is inside, is v alone; the factors come from the base model again:
 
-    base_model.model.NAME.tinylora_A    (r, in)        frozen factor
-    base_model.model.NAME.tinylora_B    (out, r)       frozen factor
-    base_model.model.NAME.tinylora_P    (u, r, r)      projections, unless `save_projection` is off
-    base_model.model.tinylora_v.G       (u,)           the trained numbers
+    base_model.tinylora_v                        (groups, u)    the trained numbers
 
-A config that names fields of PEFT only keeps PEFT's key for the last, `base_model.tinylora_v.G`. Loading takes either.
+The portable form, which stock PEFT reads, has for each adapted module NAME of the base model and each of PEFT's groups G:
+
+    base_model.model.NAME.tinylora_A             (r, in)        frozen factor
+    base_model.model.NAME.tinylora_B             (out, r)       frozen factor
+    base_model.model.NAME.tinylora_P             (u, r, r)      projections
+    base_model.tinylora_v.G                      (u,)           the trained numbers
+
+Where a config says how modules share v in a way that PEFT has not, PEFT's groups are the modules, each with a copy of its
+v. transformers' own `save_pretrained` writes "base_model.model." before every key; loading takes either.
 
 Nothing is loaded unless everything fits: a tensor that is missing, too many, of the wrong shape or not finite is an
 error, and so is a basis of other weights than those of the model.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from peft import PeftConfig
 from torch import nn
 
+from . import compact
 from .basis import residual
-from .config import conventions_of
+from .compact import VECTORS
+from .config import TinyLoraConfig, conventions_of
 from .errors import AdapterFileError, BasisMismatchError
 from .layer import TinyLoraLayer
 
@@ -42,7 +49,7 @@ def tensors_to_save(
 
     Args:
         model (`nn.Module`): the `PeftModel`, or the transformers model with the adapter in it.
-        config (`PeftConfig`): the adapter's.
+        config (`PeftConfig`): the adapter's. For a compact file, its `fingerprint` is set.
         adapter_name (`str`): its name.
         own (`dict`): what PEFT found in the state dict to belong to the adapter.
         state_dict (`dict`): the whole state dict of `model`.
@@ -50,20 +57,31 @@ def tensors_to_save(
     Returns:
         `dict[str, torch.Tensor]`
     """
-    tensors = {key: tensor for key, tensor in own.items() if config.save_projection or ".tinylora_P." not in key}
-    for name, layer in _adapted_layers(model, adapter_name).items():
-        for kind, factor in _factors(layer, adapter_name, config.save_projection):
-            # A state dict of the trained parameters only, such as DeepSpeed's, lacks the frozen factors.
-            tensors.setdefault(f"{name}.tinylora_{kind}.{adapter_name}", factor)
+    tensors = {key: tensor for key, tensor in own.items() if "tinylora_" not in key}
+    layers = _adapted_layers(model, adapter_name)
     vectors_name, vectors = _vectors(model, adapter_name)
-    keys = {f"{vectors_name}.{adapter_name}.{group}": group for group in vectors}
-    prefix = "base_model.model.tinylora_v" if conventions_of(config).from_paper else "base_model.tinylora_v"
-    if not vectors_name.startswith("base_model."):
-        prefix = "tinylora_v"  # transformers puts "base_model.model." before every key itself
-    for key, group in keys.items():
-        tensors.pop(key, None)
-        tensors[f"{prefix}.{adapter_name}.{group}"] = state_dict.get(key, vectors[group])
-    return tensors
+    # Where the state dict is one of gathered pieces, v is whole in it and not in the model.
+    vectors = {group: state_dict.get(f"{vectors_name}.{adapter_name}.{group}", v) for group, v in vectors.items()}
+    in_peft_model = vectors_name.startswith("base_model.")  # transformers writes prefixes itself
+    prefix = "base_model." if in_peft_model else ""
+    if _is_compact(config):
+        packed = compact.pack(_base_of(model), config, adapter_name, _by_name(layers), vectors)
+        tensors[f"{prefix}{VECTORS}.{adapter_name}"] = packed.pop(VECTORS)
+        model_prefix = "base_model.model." if in_peft_model else ""
+        return tensors | {f"{model_prefix}{key}.{adapter_name}": tensor for key, tensor in packed.items()}
+
+    from_paper = conventions_of(config).from_paper
+    for index, (name, layer) in enumerate(layers.items()):
+        layer.ensure_basis(adapter_name)
+        # PEFT would draw a projection that is not in the file by rules of its own.
+        for kind, factor in _factors(layer, adapter_name, config.save_projection or from_paper):
+            tensors[f"{name}.tinylora_{kind}.{adapter_name}"] = factor
+        if from_paper:
+            tensors[f"{prefix}{VECTORS}.{adapter_name}.{index}"] = vectors[layer.groups(adapter_name)[0]]
+    if from_paper:
+        config.adapted_modules = [layer.weight_names[adapter_name] for layer in layers.values()]
+        return tensors
+    return tensors | {f"{prefix}{VECTORS}.{adapter_name}.{group}": v for group, v in vectors.items()}
 
 
 def tensors_to_load(
@@ -82,14 +100,13 @@ def tensors_to_load(
         `dict[str, torch.Tensor]`: v, A, B and P in the dtype of the model's own.
 
     Raises:
-        AdapterFileError: if a tensor is missing, too many, misshapen or not finite.
+        AdapterFileError: if a tensor is missing, too many, misshapen or not finite, or the config was edited.
         BasisMismatchError: if the basis is of other weights than the model's. For a file in PEFT's layout, which may
             hold any factors, this is a warning.
     """
     layers = _adapted_layers(model, adapter_name)
     if not layers:
         return state_dict
-    slots = _slots(model, config, adapter_name, layers)
     found = {_name_in_base_model(key): tensor for key, tensor in state_dict.items() if "tinylora_" in key}
     others = {key: tensor for key, tensor in state_dict.items() if "tinylora_" not in key}
     unknown = others.keys() - _known_names(model)
@@ -98,11 +115,27 @@ def tensors_to_load(
     broken = [key for key, tensor in others.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
     if len(found) + len(others) != len(state_dict):
         raise AdapterFileError("The adapter file has a tensor under two names. Nothing was loaded. Save it anew.")
+    is_compact = VECTORS in found
+    if is_compact:
+        found |= compact.unpack_vectors(config, found.pop(VECTORS))
+    elif conventions_of(config).from_paper:
+        found = _one_for_each_group(layers, adapter_name, found)
+    slots = _slots(model, config, adapter_name, layers, found if is_compact else None)
     _check(slots, found, sorted(unknown), broken)
-    _check_basis(layers, found, config)
+    carried = {name: layer for name, layer in layers.items() if f"{_name_in_base_model(name)}.tinylora_A" in found}
+    _check_basis(carried, found, config)
+    bases = {}
+    if is_compact:
+        names = [_name_in_base_model(name) for name in carried]
+        bases = compact.rebuild_bases(_base_of(model), config, adapter_name, _by_name(layers), names)
 
-    for layer in layers.values():
+    # Nothing was changed up to here, and nothing can fail from here on.
+    by_name = _by_name(layers)
+    for name, basis in bases.items():
+        by_name[name].set_basis(adapter_name, basis)
+    for layer in carried.values():
         weight = layer.stored_tensor()
+        layer.basis_angles[adapter_name] = None
         for factors in (layer.tinylora_A, layer.tinylora_B):
             if factors[adapter_name].is_meta and not weight.is_meta:
                 factors[adapter_name] = torch.empty_like(factors[adapter_name], device=weight.device)
@@ -110,12 +143,62 @@ def tensors_to_load(
     tensors = dict(others)
     for name, (key, slot) in slots.items():
         tensors[key] = found[name].to(device if slot.is_meta else slot.device, slot.dtype)
-    if not config.save_projection:
-        # Regenerated, but named here so that PEFT does not report them as missing.
-        tensors |= {
-            f"{name}.tinylora_P.{adapter_name}": layer.tinylora_P[adapter_name] for name, layer in layers.items()
-        }
+    # Not read from the file, but named here so that PEFT does not report them as missing.
+    for name, layer in layers.items():
+        for kind, factor in _factors(layer, adapter_name, with_projection=True):
+            tensors.setdefault(f"{name}.tinylora_{kind}.{adapter_name}", factor)
     return tensors
+
+
+def _is_compact(config: PeftConfig) -> bool:
+    return isinstance(config, TinyLoraConfig) and (config.is_compact or not config.stock_peft_can_follow)
+
+
+def _base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _by_name(layers: Mapping[str, TinyLoraLayer]) -> dict[str, TinyLoraLayer]:
+    return {_name_in_base_model(name): layer for name, layer in layers.items()}
+
+
+def _one_for_each_group(
+    layers: Mapping[str, TinyLoraLayer], adapter_name: str, found: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """A portable file's copies of v, one for each module -> one for each group; raises where they differ."""
+    grouped = {name: tensor for name, tensor in found.items() if not name.startswith(f"{VECTORS}.")}
+    for index, (name, layer) in enumerate(layers.items()):
+        v = found.get(f"{VECTORS}.{index}")
+        [group] = layer.groups(adapter_name)
+        if v is None:
+            continue
+        first = grouped.setdefault(f"{VECTORS}.{group}", v)
+        if not torch.equal(first, v):
+            raise AdapterFileError(
+                f"The adapter file has other numbers for module {_name_in_base_model(name)!r} than for a module that "
+                "shares them: `tie` or `n_tie` was edited in adapter_config.json, or v was trained without this package. "
+                "Nothing was loaded. Name `tie` as the file was trained, 'none' for stock PEFT."
+            )
+    copies = [name for name in found if name.startswith(f"{VECTORS}.")]
+    extra = sorted(set(copies) - {f"{VECTORS}.{index}" for index in range(len(layers))})
+    return grouped | {f"{name} of {len(layers)}": found[name] for name in extra}
+
+
+def is_vectors(key: str) -> bool:
+    """Whether a key of a file is that of the one tensor of a compact one."""
+    return _name_in_base_model(key) == VECTORS
+
+
+def unpack_file(config: TinyLoraConfig, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a compact file with one for each v, under the prefix that transformers reads.
+
+    Raises:
+        AdapterFileError: as [`tensors_to_load`].
+    """
+    tensors = {key: tensor for key, tensor in state_dict.items() if not is_vectors(key)}
+    [vectors] = [tensor for key, tensor in state_dict.items() if is_vectors(key)]
+    unpacked = compact.unpack_vectors(config, vectors)
+    return tensors | {f"base_model.model.{name}": v for name, v in unpacked.items()}
 
 
 def check_loaded(model: nn.Module, config: PeftConfig, adapter_name: str, keys: Iterable[str]) -> None:
@@ -131,13 +214,24 @@ def check_loaded(model: nn.Module, config: PeftConfig, adapter_name: str, keys: 
         AdapterFileError, BasisMismatchError: as [`tensors_to_load`].
     """
     layers = _adapted_layers(model, adapter_name)
-    slots = _slots(model, config, adapter_name, layers)
+    is_compact = isinstance(config, TinyLoraConfig) and config.format_version is not None
+    keys = {key for key in keys if not (is_compact and _name_in_base_model(key) == VECTORS)}
+    carried = set()
+    if is_compact:  # what was in the file is no longer on the meta device
+        carried = {name for name, layer in layers.items() if not layer.tinylora_A[adapter_name].is_meta}
+    in_file = {f"{_name_in_base_model(name)}.tinylora_{kind}": None for name in carried for kind in "AB"}
+    slots = _slots(model, config, adapter_name, layers, in_file if is_compact else None)
     by_key = {key: name for name, (key, _) in slots.items()}
     wrong = {by_key.get(key, key) for key in keys}
     found = {name: slot for name, (_, slot) in slots.items() if name not in wrong}
     found |= {name: torch.empty(0) for name in wrong - slots.keys()}
     _check(slots, found)
-    _check_basis(layers, found, config)
+    _check_basis({name: layer for name, layer in layers.items() if not is_compact or name in carried}, found, config)
+    if is_compact:
+        names = [_name_in_base_model(name) for name in carried]
+        by_name = _by_name(layers)
+        for name, basis in compact.rebuild_bases(_base_of(model), config, adapter_name, by_name, names).items():
+            by_name[name].set_basis(adapter_name, basis)
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, TinyLoraLayer]:
@@ -162,20 +256,31 @@ def _vectors(model: nn.Module, adapter_name: str) -> tuple[str, nn.ParameterDict
 
 
 def _slots(
-    model: nn.Module, config: PeftConfig, adapter_name: str, layers: dict[str, TinyLoraLayer]
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    layers: dict[str, TinyLoraLayer],
+    in_file: Mapping[str, object] | None,
 ) -> dict[str, tuple[str, torch.Tensor]]:
-    """Name in the base model -> key in the state dict of `model`, and the tensor that is there now."""
+    """Name in the base model -> key in the state dict of `model`, and the tensor that is there now.
+
+    Of a compact file, `in_file` says which factors it has; of another, all must be there.
+    """
     vectors_name, vectors = _vectors(model, adapter_name)
     slots = {f"tinylora_v.{group}": (f"{vectors_name}.{adapter_name}.{group}", v) for group, v in vectors.items()}
     for name, layer in layers.items():
-        for kind, tensor in _factors(layer, adapter_name, config.save_projection):
-            slots[_name_in_base_model(f"{name}.tinylora_{kind}")] = (f"{name}.tinylora_{kind}.{adapter_name}", tensor)
+        short = _name_in_base_model(name)
+        has_factors = in_file is None or any(f"{short}.tinylora_{kind}" in in_file for kind in "AB")
+        has_projection = config.save_projection if in_file is None else f"{short}.tinylora_P" in in_file
+        for kind, tensor in _factors(layer, adapter_name, with_projection=True):
+            if has_projection if kind == "P" else has_factors:
+                slots[f"{short}.tinylora_{kind}"] = (f"{name}.tinylora_{kind}.{adapter_name}", tensor)
     return slots
 
 
-def _factors(layer: TinyLoraLayer, adapter_name: str, save_projection: bool) -> list[tuple[str, torch.Tensor]]:
+def _factors(layer: TinyLoraLayer, adapter_name: str, with_projection: bool) -> list[tuple[str, torch.Tensor]]:
     factors = [("A", layer.tinylora_A[adapter_name]), ("B", layer.tinylora_B[adapter_name])]
-    return factors + [("P", layer.tinylora_P[adapter_name])] * save_projection
+    return factors + [("P", layer.tinylora_P[adapter_name])] * with_projection
 
 
 def _name_in_base_model(key: str) -> str:

@@ -8,15 +8,21 @@ projections seeded by module name, canonical signs.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
-from .errors import ConfigError
+from .errors import AdapterFileError, ConfigError
 
 
 TIES = ("none", "full", "tiled", "structured")
 SIGMAS = ("left", "split")
+BASES = ("base", "full-precision", "unchecked")
+SAVE_DTYPES = ("float32", "bfloat16")
+FORMAT_VERSION = 1  # of the compact file; docs/format.md
 
 OWN_FIELDS = (
     "tie",
@@ -25,12 +31,14 @@ OWN_FIELDS = (
     "exclude_modules",
     "target_parameters",
     "trainable_token_indices",
+    "save_basis",
+    "save_dtype",
+    "basis",
+    "basis_repo",
+    "fingerprint",
+    "format_version",
     "peft_tinylora_version",
 )
-
-# Written as `weight_tying` into the file of a config that stock PEFT cannot follow. Stock PEFT drops the fields that it
-# does not know with a warning and would go on with another tying; this value it refuses.
-REFUSED_BY_STOCK_PEFT = -1.0
 
 
 class Conventions(NamedTuple):
@@ -78,6 +86,24 @@ class TinyLoraConfig(peft.TinyLoraConfig):
             matrix gets a basis of its own, and counts as a module in `tie`, named like `mlp.experts.0.gate_up_proj`.
         trainable_token_indices (`list[int]` or `dict[str, list[int]]`, *optional*):
             Tokens whose embeddings are trained too, as in `LoraConfig`.
+        save_basis (`bool`, *optional*):
+            Whether the file holds the frozen factors. `False`: v alone, 26 bytes for 13 bfloat16 numbers; the factors are
+            found again from the base model. `True`: the portable form, which stock PEFT loads. Defaults to `False`, and
+            to `True` when only fields of PEFT are named.
+        save_dtype (`str`, *optional*):
+            `"float32"` or `"bfloat16"`, what v is rounded to in a compact file, checkpoints of a run included. Defaults
+            to the dtype it was trained in.
+        basis (`str`, *optional*, defaults to `"base"`):
+            The weights that the factors come from. `"base"`: those of the base model as it is loaded, dequantized if it
+            is quantized. `"full-precision"`: those of its checkpoint, also where it is loaded quantized, so that the
+            adapter fits every form of the base. `"unchecked"`, for loading only: those at hand, with a warning where
+            the adapter was trained with others.
+        basis_repo (`str`, *optional*):
+            Hub id of a repository of basis files, asked where the cache has none.
+        fingerprint (`dict`, *optional*):
+            What a compact file's factors are known again by; filled in on saving.
+        format_version (`int`, *optional*):
+            Of the compact file; filled in on saving.
         peft_tinylora_version (`str`, *optional*):
             Version of this package that wrote the file; filled in on saving.
 
@@ -109,27 +135,79 @@ class TinyLoraConfig(peft.TinyLoraConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained too."}
     )
+    save_basis: bool | None = field(
+        default=None, metadata={"help": "Whether the adapter file holds the frozen factors, for stock PEFT to load."}
+    )
+    save_dtype: str | None = field(
+        default=None, metadata={"help": "What v is rounded to in a compact file: float32 or bfloat16."}
+    )
+    basis: str | None = field(
+        default=None, metadata={"help": "The weights the factors come from: base, full-precision or unchecked."}
+    )
+    basis_repo: str | None = field(default=None, metadata={"help": "Hub id of a repository of basis files."})
+    fingerprint: dict[str, str] | None = field(
+        default=None, metadata={"help": "What the factors are known again by, leave empty."}
+    )
+    format_version: int | None = field(default=None, metadata={"help": "Of the compact file, leave empty."})
     peft_tinylora_version: str | None = field(
         default=None, metadata={"help": "Version of peft_tinylora that wrote the file, leave empty."}
     )
 
     def __post_init__(self) -> None:
         # Only in a file is the type a plain string; the factors are then about to be loaded, not computed.
+        self.adapted_modules: list[str] = []  # filled in where a portable file must name them for stock PEFT
         self._from_file = self.peft_type is not None and not isinstance(self.peft_type, peft.PeftType)
-        if self.tie is not None and self.weight_tying == REFUSED_BY_STOCK_PEFT:
-            self.weight_tying = 0.0
+        if self._from_file:
+            self._read_compact_fields()
         check_peft_fields(self)
+        check_own_fields(self)
         super().__post_init__()
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         if self.uses_paper_conventions:
             self._fill_paper_conventions()
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> peft.PeftConfig:
+        """As `PeftConfig.from_pretrained`; refuses a local adapter file that is cut short, before a model is changed.
+
+        Raises:
+            AdapterFileError: names the file.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if file.is_file():
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise AdapterFileError(
+                    f"{file} is cut short or damaged ({error}). Nothing was loaded. Save or download the adapter again."
+                ) from error
+        return config
+
     @property
     def uses_paper_conventions(self) -> bool:
         """Whether a field of this package is named, rather than PEFT's only."""
         own = (self.tie, self.n_tie, self.sigma, self.exclude_modules, self.target_parameters)
         return any(value is not None for value in own)
+
+    @property
+    def is_compact(self) -> bool:
+        """Whether the adapter is saved without its frozen factors."""
+        return self.uses_paper_conventions if self.save_basis is None else not self.save_basis
+
+    def _read_compact_fields(self) -> None:
+        if self.format_version is not None and self.format_version != FORMAT_VERSION:
+            raise AdapterFileError(
+                f"format_version={self.format_version!r} in adapter_config.json: this version reads {FORMAT_VERSION}. The "
+                f"adapter was written by peft-tinylora {self.peft_tinylora_version}: pip install -U peft-tinylora."
+            )
+        ratio = self.weight_tying
+        if isinstance(ratio, (int, float)) and ratio <= -1:
+            self.weight_tying = -1.0 - ratio
 
     def _fill_paper_conventions(self) -> None:
         if self.tie is None:
@@ -153,19 +231,33 @@ class TinyLoraConfig(peft.TinyLoraConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary of what goes into `adapter_config.json`.
 
-        A config that names fields of PEFT only is written as PEFT writes it, and stock PEFT reads it. Any other is
-        written so that stock PEFT refuses it rather than going on with another tying.
+        A config whose adapter is saved with its factors is written so that stock PEFT reads it. Of a compact one stock
+        PEFT would drop the fields that it does not know, with a warning, and go on with factors of its own: its
+        `weight_tying` is written as -1 - weight_tying, which stock PEFT refuses.
         """
         from . import __version__
 
         output = super().to_dict()
-        if self.uses_paper_conventions:
-            output["weight_tying"] = REFUSED_BY_STOCK_PEFT
+        if self.is_compact or self.uses_paper_conventions:
             output["peft_tinylora_version"] = __version__
+        if self.is_compact or not self.stock_peft_can_follow:
+            output["weight_tying"] = -1.0 - self.weight_tying
+        elif self.uses_paper_conventions:
+            # Stock PEFT neither excludes modules nor draws these projections.
+            output["save_projection"] = True
+            if self.exclude_modules is not None:
+                output["exclude_modules"], output["target_modules"] = None, self.adapted_modules
+        if not self.is_compact and self.stock_peft_can_follow:
+            output["fingerprint"] = output["format_version"] = None
         for name in OWN_FIELDS:
             if output[name] is None:
                 del output[name]
         return output
+
+    @property
+    def stock_peft_can_follow(self) -> bool:
+        """Whether stock PEFT can hold what is adapted: it knows neither experts nor single tokens."""
+        return self.target_parameters is None and self.trainable_token_indices is None
 
 
 def check_peft_fields(config: peft.TinyLoraConfig) -> None:
@@ -191,6 +283,22 @@ def check_peft_fields(config: peft.TinyLoraConfig) -> None:
     bound = config.init_v_bound
     if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not (math.isfinite(bound) and bound >= 0):
         raise ConfigError(f"init_v_bound={bound!r}: must be a finite number, 0 or more.")
+
+
+def check_own_fields(config: TinyLoraConfig) -> None:
+    """Check what a config says of its file and of where its factors come from.
+
+    Raises:
+        ConfigError: names the field, the value and what is allowed.
+    """
+    if config.save_basis not in (None, True, False):
+        raise ConfigError(f"save_basis={config.save_basis!r}: allowed are True and False.")
+    for name, allowed in (("basis", BASES), ("save_dtype", SAVE_DTYPES)):
+        value = getattr(config, name)
+        if value is not None and value not in allowed:
+            raise ConfigError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}.")
+    if config.basis_repo is not None and not isinstance(config.basis_repo, str):
+        raise ConfigError(f"basis_repo={config.basis_repo!r}: must be the id of a repository, 'user/name'.")
 
 
 def check_tie(tie: Any, n_tie: Any) -> None:

@@ -12,6 +12,7 @@ did not happen.
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import nn
 
 from . import delta
 from .basis import Basis
+from .gather import is_offloaded
 from .merging import KeptBase, Mergeable
 from .survival import Survival
 from .weight import dense_matrix, matrix_shape, stored_tensor, to_stored, working_dtype
@@ -55,7 +57,12 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         self.u: dict[str, int] = {}
         self._groups: dict[str, tuple[str, ...]] = {}
         self._tinylora_v_key: dict[str, str] = {}  # the first of them, under the name that PEFT's layers have for it
-        self._basis_makers: dict[str, Callable[[torch.Tensor], Basis]] = {}
+        # Name of the adapted weight in the base model, and of its matrices: itself, or one for each expert.
+        self.weight_names: dict[str, str] = {}
+        self.matrix_names: dict[str, tuple[str, ...]] = {}
+        self._basis_makers: dict[str, Callable[[TinyLoraLayer], Basis]] = {}
+        # As in `Basis`; None for factors that came from a file.
+        self.basis_angles: dict[str, float | None] = {}
         self._shared_vectors = (vectors,)  # in a tuple, or nn.Module would register it here
         self._kept: KeptBase | None = None  # the original while merged
         self.survival: Survival | None = None  # of the update, in the last merge
@@ -72,9 +79,11 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         self,
         adapter_name: str,
         *,
+        weight_name: str,
+        matrix_names: tuple[str, ...],
         groups: tuple[str, ...],
         basis: Basis | None,
-        make_basis: Callable[[torch.Tensor], Basis],
+        make_basis: Callable[["TinyLoraLayer"], Basis],
         r: int,
         projection: torch.Tensor,
         dropout: float,
@@ -83,9 +92,11 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
 
         Args:
             adapter_name (`str`): its name.
+            weight_name (`str`): name of the adapted weight in the base model.
+            matrix_names (`tuple[str, ...]`): of its matrices: itself, or one for each expert.
             groups (`tuple[str, ...]`): which v of the adapter this layer reads; of experts, one each.
             basis ([`Basis`], *optional*): the factors; `None` leaves room for those that are about to be loaded.
-            make_basis (`Callable`): W (out, in) -> [`Basis`], for when they are not loaded after all.
+            make_basis (`Callable`): this layer -> its [`Basis`], for when none is loaded after all.
             r (`int`): rank of the basis.
             projection (`torch.Tensor`): P, shape (u, r, r), or (experts, u, r, r).
             dropout (`float`): probability, applied to the input of the update.
@@ -100,6 +111,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
             A, B = basis.A, basis.B
         self.tinylora_A[adapter_name] = A
         self.tinylora_B[adapter_name] = B
+        self.basis_angles[adapter_name] = None if basis is None else basis.angle
         # On the CPU while the weight is on the meta device, where its numbers would be lost.
         self.tinylora_P[adapter_name] = projection.to("cpu" if weight.is_meta else weight.device, dtype)
         self.tinylora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
@@ -107,21 +119,44 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         self.u[adapter_name] = projection.shape[-3]
         self._groups[adapter_name] = groups
         self._tinylora_v_key[adapter_name] = groups[0]
+        self.weight_names[adapter_name] = weight_name
+        self.matrix_names[adapter_name] = matrix_names
         self._basis_makers[adapter_name] = make_basis
 
     def ensure_basis(self, adapter_name: str) -> None:
         """Compute A and B from the weight if they were left for a file that did not come. Needs a real weight."""
         missing = self.tinylora_A[adapter_name].is_meta or self.tinylora_B[adapter_name].is_meta
-        if missing and not self.stored_tensor().is_meta:
-            basis = self._basis_makers[adapter_name](self.unmerged_matrix())
-            self.tinylora_A[adapter_name] = basis.A
-            self.tinylora_B[adapter_name] = basis.B
+        if missing and self.has_weight():
+            self.set_basis(adapter_name, self._basis_makers[adapter_name](self))
+
+    def set_basis(self, adapter_name: str, basis: Basis) -> None:
+        """Give an adapter of this layer factors that were computed from the weight."""
+        self.tinylora_A[adapter_name] = basis.A
+        self.tinylora_B[adapter_name] = basis.B
+        self.basis_angles[adapter_name] = basis.angle
+
+    def check_basis_with(self, adapter_name: str, check: Callable[[Basis, torch.Tensor], Basis]) -> None:
+        """Have a basis that is yet to be computed checked, together with P; `check` returns the one to use."""
+        make = self._basis_makers[adapter_name]
+        self._basis_makers[adapter_name] = partial(
+            _made_and_checked, adapter_name=adapter_name, make=make, check=check
+        )
+
+    def basis(self, adapter_name: str) -> Basis:
+        """The factors of an adapter, computed if that was left for a file."""
+        self.ensure_basis(adapter_name)
+        angle = self.basis_angles[adapter_name]
+        A, B = self.tinylora_A[adapter_name], self.tinylora_B[adapter_name]
+        return Basis(A, B) if angle is None else Basis(A, B, angle)
+
+    def has_weight(self) -> bool:
+        """Whether there is a weight to take a basis from, here or where accelerate offloaded it."""
+        return not self.stored_tensor().is_meta or is_offloaded(self.get_base_layer())
 
     def copy_of_factors(self, adapter_name: str) -> tuple[Basis, torch.Tensor]:
         """The basis and P of an adapter, for another one that must have the same."""
-        self.ensure_basis(adapter_name)
-        A, B, P = (factors[adapter_name] for factors in (self.tinylora_A, self.tinylora_B, self.tinylora_P))
-        return Basis(A.clone(), B.clone()), P.clone()
+        basis = self.basis(adapter_name)
+        return Basis(basis.A.clone(), basis.B.clone(), basis.angle), self.tinylora_P[adapter_name].clone()
 
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape (out, in) of the weight W."""
@@ -168,7 +203,15 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
     def forget(self, adapter_name: str) -> None:
         """Drop what this layer holds of an adapter. Its v, and which adapters are active, stay as they are."""
         factors = (self.tinylora_A, self.tinylora_B, self.tinylora_P, self.tinylora_dropout)
-        for entries in (*factors, self.r, self.u, self._groups, self._tinylora_v_key, self._basis_makers):
+        for entries in (
+            *factors,
+            self.r,
+            self.u,
+            self._groups,
+            self._tinylora_v_key,
+            self._basis_makers,
+            self.basis_angles,
+        ):
             if adapter_name in entries:
                 del entries[adapter_name]
 
@@ -193,6 +236,8 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would cast the shared v, and the factors, to the dtype of the base layer.
         device = self.stored_tensor().device if device is None else device
+        if device.type == "meta":
+            return  # of an offloaded weight; the factors stay where they were computed
         for buffers in (self.tinylora_A, self.tinylora_B, self.tinylora_P):
             if adapter_name in buffers and not buffers[adapter_name].is_meta:
                 buffers[adapter_name] = buffers[adapter_name].to(device)
@@ -282,6 +327,16 @@ class Embedding(TinyLoraLayer, nn.Module):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         # PEFT writes the converted factors under names that a LoRA embedding does not read, and the update is lost.
         return False
+
+
+def _made_and_checked(
+    layer: TinyLoraLayer,
+    *,
+    adapter_name: str,
+    make: Callable[[TinyLoraLayer], Basis],
+    check: Callable[[Basis, torch.Tensor], Basis],
+) -> Basis:
+    return check(make(layer), layer.tinylora_P[adapter_name])
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:

@@ -175,6 +175,8 @@ class TinyLoraModel(BaseTuner):
                 vectors[group] = v.to(stored.device)
         layer.update_layer(
             adapter_name,
+            weight_name=current_key,
+            matrix_names=given.matrix_names,
             groups=given.groups,
             basis=given.basis,
             make_basis=given.make_basis,
@@ -332,4 +334,5 @@ class TinyLoraModel(BaseTuner):
 def settings(config: PeftConfig) -> dict[str, Any]:
     """What of a config decides over the factors."""
     ignored = {"inference_mode", "base_model_name_or_path", "revision", "init_weights", "init_v_bound", "peft_version"}
+    ignored |= {"fingerprint", "format_version", "save_dtype", "save_basis", "peft_tinylora_version", "weight_tying"}
     return {name: value for name, value in config.to_dict().items() if name not in ignored}

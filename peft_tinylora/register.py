@@ -9,6 +9,7 @@ imports at each call, and `load_adapter` itself, after which the loaded tensors 
 """
 
 import functools
+import inspect
 from typing import Any
 
 import peft
@@ -18,7 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from .checkpoint import check_loaded
+from .checkpoint import check_loaded, is_vectors, unpack_file
 from .config import TinyLoraConfig
 from .errors import ConfigError
 from .layer import TinyLoraLayer
@@ -87,8 +88,10 @@ def _inject_adapter_in_model(
 @functools.wraps(PreTrainedModel.load_adapter)
 def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     before = set(self.peft_config) if self._hf_peft_config_loaded else set()
+    bound = inspect.signature(_in_place_of["load"]).bind(self, *args, **kwargs)
+    _unpack_compact_file(bound.arguments)
     try:
-        loading_info = _in_place_of["load"](self, *args, **kwargs)
+        loading_info = _in_place_of["load"](*bound.args, **bound.kwargs)
         for name in _tinylora_adapters(self) - before:
             keys = {*loading_info.missing_keys, *loading_info.unexpected_keys}
             check_loaded(self, self.peft_config[name], name, keys)
@@ -97,6 +100,28 @@ def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             _take_back(self, name)
         raise
     return loading_info
+
+
+def _unpack_compact_file(arguments: dict[str, Any]) -> None:
+    """Give transformers the vectors of a compact file as `adapter_state_dict`, one by one, as the model has them.
+
+    The factors are taken from the base model afterwards, by `check_loaded`.
+    """
+    folder, config = arguments.get("peft_model_id"), arguments.get("peft_config")
+    tensors = arguments.get("adapter_state_dict")
+    options = dict(arguments.get("adapter_kwargs") or {})
+    load_config = arguments.get("load_config")
+    if load_config is not None:
+        options = {**load_config.download_kwargs, **options}
+    if config is None and folder is not None:
+        config = peft.PeftConfig.from_pretrained(folder, **options)
+    if not isinstance(config, TinyLoraConfig) or config.format_version is None:
+        return
+    if tensors is None:
+        tensors = peft.load_peft_weights(folder, device="cpu", **options)
+    if any(is_vectors(key) for key in tensors):
+        arguments["peft_config"] = config
+        arguments["adapter_state_dict"] = unpack_file(config, tensors)
 
 
 def _tinylora_adapters(model: PreTrainedModel) -> set[str]:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .errors import UnsupportedModuleError
+from .gather import gathered, stored_shape, whole
 
 
 PLAIN_LAYERS = (nn.Linear, Conv1D, nn.Embedding)
@@ -85,9 +86,9 @@ def check_supported(layer: nn.Module, name: str, backend: QuantizationBackend | 
 
 def check_parameter(parameter: torch.Tensor, name: str) -> None:
     """Raise [`UnsupportedModuleError`] unless a parameter is a floating point matrix, or one for each expert."""
-    if parameter.ndim not in (2, 3):
+    if len(stored_shape(parameter)) not in (2, 3):
         raise UnsupportedModuleError(
-            f"Target parameter {name!r} has shape {tuple(parameter.shape)}: only matrices (out, in) and stacks of them "
+            f"Target parameter {name!r} has shape {tuple(stored_shape(parameter))}: only matrices (out, in) and stacks of them "
             "(experts, out, in) can be adapted. Take it out of `target_parameters`."
         )
     check_floating(parameter, name)
@@ -191,19 +192,25 @@ def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """Shape (out, in) of the dense weight W of a supported layer."""
     if isinstance(layer, nn.Linear) or not isinstance(layer, PLAIN_LAYERS):
         return layer.out_features, layer.in_features  # a quantized weight has another shape
-    rows, columns = layer.weight.shape
+    rows, columns = stored_shape(layer.weight)
     return (columns, rows) if stores_transposed(layer) else (rows, columns)
 
 
 def dense_matrix(layer: nn.Module, backend: QuantizationBackend | None) -> torch.Tensor:
-    """The weight W (out, in) that `layer` multiplies by, in [`working_dtype`].
+    """The weight W (out, in) that `layer` multiplies by, whole, in [`working_dtype`].
 
     Args:
-        layer (`nn.Module`): a supported base layer.
+        layer (`nn.Module`): a supported base layer. Where its weight is elsewhere, it is gathered; see gather.py.
         backend (`QuantizationBackend`, *optional*): what reads it, if it is quantized.
     """
+    with gathered(layer) as is_temporary:
+        W = _dense_matrix(layer, backend)
+        return W.clone() if is_temporary else W
+
+
+def _dense_matrix(layer: nn.Module, backend: QuantizationBackend | None) -> torch.Tensor:
     if backend is None:
-        return to_matrix(layer.weight.detach(), layer)
+        return whole(to_matrix(layer.weight.detach(), layer))
     if backend.supports_merge or backend.backend_name == "torchao":
         return backend.get_base_weight(layer).detach().to(torch.float32)
     return _by_identity(layer)
@@ -241,20 +248,22 @@ def to_stored(matrix: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 def parameter_is_transposed(module: nn.Module, parameter_name: str) -> bool:
     """Whether a parameter of fused experts is stored as (experts, in, out), which its module says, as in gpt-oss."""
-    return getattr(module, parameter_name).ndim == 3 and getattr(module, "is_transposed", False)
+    return len(stored_shape(getattr(module, parameter_name))) == 3 and getattr(module, "is_transposed", False)
 
 
 def parameter_shape(module: nn.Module, parameter_name: str) -> tuple[int, ...]:
     """Shape (out, in) or (experts, out, in) of a parameter."""
-    *experts, rows, columns = getattr(module, parameter_name).shape
+    *experts, rows, columns = stored_shape(getattr(module, parameter_name))
     return (*experts, columns, rows) if parameter_is_transposed(module, parameter_name) else (*experts, rows, columns)
 
 
 def parameter_matrix(module: nn.Module, parameter_name: str) -> torch.Tensor:
     """W (out, in) or (experts, out, in) of a parameter, in [`working_dtype`]."""
-    stored = getattr(module, parameter_name).detach()
-    matrix = stored.mT if parameter_is_transposed(module, parameter_name) else stored
-    return matrix.to(working_dtype(stored.dtype))
+    with gathered(module) as is_temporary:
+        stored = getattr(module, parameter_name).detach()
+        matrix = stored.mT if parameter_is_transposed(module, parameter_name) else stored
+        W = whole(matrix.to(working_dtype(stored.dtype)))
+        return W.clone() if is_temporary else W
 
 
 def floating_linear(layer: nn.Module, W: torch.Tensor) -> nn.Linear:

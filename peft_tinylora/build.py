@@ -1,0 +1,103 @@
+"""The weights of all adapted modules -> their bases: from the cache, from the Hub, or computed, one module at a time.
+
+A basis that was not computed here is believed only after [`residual`] says that it is one of the weight at hand, which
+costs one pass over that weight. Where one is missing or does not pass, it is computed and the cache written anew.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from . import basis_cache
+from .basis import Basis, compute_basis, place_sigma, residual
+from .basis_hub import fetch
+
+
+logger = logging.getLogger(__name__)
+
+# `basis.residual` of kept factors in fp32, a few times what rounding gives. The same weights rounded to bf16 give 1e-3.
+KEPT_TOLERANCE = 2e-5
+SECONDS_UNTIL_PROGRESS = 3
+
+
+class Request(NamedTuple):
+    """A module that needs a basis.
+
+    Args:
+        key (`str`): its name in the base model.
+        shape (`tuple[int, ...]`): of its weight W, (out, in) or (experts, out, in).
+        r (`int`): rank.
+        read (`Callable`): gives W, whole, in fp32 or better. Called once for each request, in order, on every process.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    r: int
+    read: Callable[[], torch.Tensor]
+
+
+def build_bases(
+    requests: Sequence[Request],
+    *,
+    sigma: str,
+    canonical: bool,
+    base: str,
+    weights: str,
+    repository: str | None = None,
+) -> dict[str, Basis]:
+    """The bases of modules of one base model.
+
+    Args:
+        requests (`Sequence[Request]`): in model order.
+        sigma (`str`): where the singular values go; the cache holds bases for both.
+        canonical (`bool`): as in [`compute_basis`].
+        base (`str`): id or folder of the base model; empty for one built in memory, which is not cached.
+        weights (`str`): the form of the weights: "float", or such as "bnb 4bit nf4".
+        repository (`str`, *optional*): Hub id of a repository of basis files, asked where the cache has none.
+
+    Returns:
+        `dict[str, Basis]`: by key, on the device that the weight was read to.
+
+    Raises:
+        BasisError: names the module.
+    """
+    name = basis_cache.file_name(weights, canonical, ((q.key, q.shape, q.r) for q in requests))
+    path = basis_cache.place(base, name)
+    kept = {} if path is None else basis_cache.read(path)
+    fetched = None
+    if not kept and repository is not None:
+        fetched = fetch(repository, name)
+        kept = {} if fetched is None else basis_cache.read(fetched)
+    bases, computed = {}, 0
+    for request in tqdm(requests, desc="Basis", unit="module", delay=SECONDS_UNTIL_PROGRESS, leave=False):
+        W = request.read()
+        basis = _kept_basis(kept.get(request.key), W, request)
+        if basis is None:
+            basis = compute_basis(W, request.r, "left", canonical, request.key)
+            computed += 1
+        bases[request.key] = basis
+        del W  # before the next one is read
+    if kept and computed:
+        logger.warning(
+            "%d of %d modules have other weights than the kept basis %s: computed anew.",
+            computed,
+            len(requests),
+            path if fetched is None else f"{name} of {repository}",
+        )
+    if path is not None and (computed or fetched is not None) and not any(basis.A.is_meta for basis in bases.values()):
+        basis_cache.write(path, bases, base, weights)
+    return {key: place_sigma(basis, sigma) for key, basis in bases.items()}
+
+
+def _kept_basis(basis: Basis | None, W: torch.Tensor, request: Request) -> Basis | None:
+    """A kept basis, on the device of the weight, if it is a basis of that weight."""
+    if basis is None or W.is_meta:
+        return None
+    *experts, rows, columns = request.shape
+    if basis.A.shape != (*experts, request.r, columns) or basis.B.shape != (*experts, rows, request.r):
+        return None
+    basis = Basis(basis.A.to(W), basis.B.to(W), basis.angle)
+    return basis if residual(W, basis.A, basis.B) <= KEPT_TOLERANCE else None

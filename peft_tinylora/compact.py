@@ -1,0 +1,275 @@
+"""The compact form of an adapter file: v alone, as one tensor (groups, u), and in the config what its factors are.
+
+    base_model.tinylora_v                        (groups, u)   float32, or what `save_dtype` says
+    base_model.model.NAME.tinylora_A, _B, _P                   only of a module whose factors the base does not determine
+
+Saving says in `config.fingerprint` what the factors are known again by: "weights", the form of the base's weights;
+"modules", a sketch of A, B and P of each module; "groups", which v each module reads; "v", a digest of the tensor.
+Loading takes the factors from the base again and refuses them unless all of it fits. docs/format.md has the rules.
+"""
+
+import functools
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from peft import PeftConfig
+from torch import nn
+
+from . import fingerprint
+from .assignment import projection_of, read_weight
+from .basis import Basis
+from .build import Request, build_bases
+from .config import FORMAT_VERSION, TinyLoraConfig, conventions_of
+from .errors import AdapterFileError, BasisMismatchError
+from .layer import TinyLoraLayer
+from .source import FLOAT, WeightSource
+
+
+VECTORS = "tinylora_v"  # the one tensor, without PEFT's prefix
+# `fingerprint.distances` that is accepted on loading: about the relative error of the update.
+SKETCH_TOLERANCE = 0.02
+# Relative difference of factors from those of the base up to which they are left out of the file.
+SAME_FACTORS = 1e-3
+
+
+def pack(
+    base_model: nn.Module,
+    config: TinyLoraConfig,
+    adapter_name: str,
+    layers: Mapping[str, TinyLoraLayer],
+    vectors: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """The tensors of a compact file, and `config.fingerprint` to go with them.
+
+    Args:
+        base_model (`nn.Module`): the model that the adapter is in.
+        config ([`TinyLoraConfig`]): the adapter's; its `fingerprint` and `format_version` are set.
+        adapter_name (`str`): its name in the layers.
+        layers (`Mapping[str, TinyLoraLayer]`): name in the base model -> layer, in model order.
+        vectors (`Mapping[str, torch.Tensor]`): group -> v (u,).
+
+    Returns:
+        `dict[str, torch.Tensor]`: "tinylora_v", and "NAME.tinylora_A" and so on for what the base does not determine.
+
+    Raises:
+        AdapterFileError: if the factors were never computed, the base being on the meta device.
+    """
+    v = torch.stack([vectors[group].detach() for group in sorted(vectors, key=int)])
+    if config.save_dtype is not None:
+        v = v.to(getattr(torch, config.save_dtype))
+    tensors = {VECTORS: v}
+    source = WeightSource(base_model, config, layers.values())
+    _compare_with_base(source, config, adapter_name, layers)
+    sketches = []
+    for index, (name, layer) in enumerate(layers.items()):
+        basis, P = layer.basis(adapter_name), layer.tinylora_P[adapter_name]
+        if basis.A.is_meta:
+            raise AdapterFileError(
+                f"The factors of module {name!r} cannot be described: its weight is on the meta device. Load the base "
+                "model's weights before saving."
+            )
+        sketches.append(fingerprint.sketch(basis, P))
+        if not basis.determined or config.save_basis:
+            tensors |= {f"{name}.tinylora_A": basis.A, f"{name}.tinylora_B": basis.B}
+        names, r = layer.matrix_names[adapter_name], layer.r[adapter_name]
+        seeded = projection_of(config, names, index, r, stacked=P.ndim == 4).to(P)
+        if not torch.allclose(seeded, P, rtol=1e-4, atol=1e-5):
+            tensors[f"{name}.tinylora_P"] = P
+    config.format_version = FORMAT_VERSION
+    config.fingerprint = {
+        "weights": source.form,
+        "modules": fingerprint.encode(sketches),
+        "groups": _digest_of_groups(layers, adapter_name),
+        "v": fingerprint.digest_of_tensor(v),
+    }
+    return tensors
+
+
+def unpack_vectors(config: PeftConfig, v: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The one tensor of a compact file -> "tinylora_v.GROUP" (u,).
+
+    Raises:
+        AdapterFileError: if the config says nothing of the factors, or the tensor is not the one it was saved with.
+    """
+    saved = _saved(config)
+    if v.ndim != 2 or v.shape[1] != config.u:
+        raise AdapterFileError(
+            f"The adapter file does not fit its config: {VECTORS} has shape {tuple(v.shape)}, and u={config.u} asks for "
+            f"(groups, {config.u}). Nothing was loaded. Load the file with the config it was saved with."
+        )
+    if fingerprint.digest_of_tensor(v) != saved["v"]:
+        raise AdapterFileError(
+            "The numbers in the adapter file are not those that adapter_config.json was saved with. Nothing was "
+            "loaded. Take both files from the same save, or download the adapter again."
+        )
+    return {f"{VECTORS}.{group}": numbers for group, numbers in enumerate(v)}
+
+
+def rebuild_bases(
+    base_model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    layers: Mapping[str, TinyLoraLayer],
+    carried: Iterable[str],
+) -> dict[str, Basis]:
+    """The factors of a compact file's adapter, taken from the base model and compared with its fingerprint.
+
+    Args:
+        base_model (`nn.Module`): the model that the adapter is in.
+        config (`PeftConfig`): the adapter's, as read from its file.
+        adapter_name (`str`): its name in the layers.
+        layers (`Mapping[str, TinyLoraLayer]`): name in the base model -> layer, in model order.
+        carried (`Iterable[str]`): names of those whose factors are in the file.
+
+    Returns:
+        `dict[str, Basis]`: by name, without those that are carried, and without those whose weight is on the meta
+        device, which are computed and compared at their first use.
+
+    Raises:
+        AdapterFileError: if the config was edited: names what does not fit.
+        BasisMismatchError: if the factors are not those that v was trained with; names the module and what to do.
+    """
+    saved = _saved(config)
+    sketches = fingerprint.decode(saved["modules"], (layer.r[adapter_name] for layer in layers.values()))
+    if _digest_of_groups(layers, adapter_name) != saved["groups"]:
+        raise AdapterFileError(
+            "The adapter's modules do not read the numbers that they read when it was saved: `tie`, `n_tie`, "
+            "`weight_tying` or `target_modules` was edited in adapter_config.json, or this is another base model. "
+            "Nothing was loaded."
+        )
+    source = WeightSource(base_model, config, layers.values())
+    if source.form != saved["weights"] and config.basis != "unchecked":
+        raise BasisMismatchError(_other_form(config, source.form))
+    checks = {
+        name: functools.partial(_checked, config=config, name=name, saved=sketches[index], weights=source.form)
+        for index, (name, layer) in enumerate(layers.items())
+    }
+    carried = set(carried)
+    bases, requests = {}, []
+    for index, (name, layer) in enumerate(layers.items()):
+        P = layer.tinylora_P[adapter_name]
+        if name in carried:
+            continue
+        if not layer.has_weight():
+            layer.check_basis_with(adapter_name, checks[name])
+        elif not layer.tinylora_A[adapter_name].is_meta and _fits(layer.basis(adapter_name), P, sketches[index]):
+            bases[name] = layer.basis(adapter_name)  # as when a Trainer resumes
+        else:
+            requests.append(_request(source, layer, adapter_name))
+    built = _build(source, config, requests)
+    for name, layer in layers.items():
+        basis = built.get(layer.weight_names[adapter_name])
+        if basis is not None:
+            bases[name] = checks[name](basis, layer.tinylora_P[adapter_name])
+    return bases
+
+
+def _checked(
+    basis: Basis, P: torch.Tensor, *, config: PeftConfig, name: str, saved: torch.Tensor, weights: str
+) -> Basis:
+    """`basis` with the signs of the one that v was trained with; raises if it is another."""
+    basis = fingerprint.align(basis, saved)
+    of_factors, of_projection = fingerprint.distances(basis, P, saved)
+    if not of_projection <= SKETCH_TOLERANCE:
+        raise AdapterFileError(
+            f"The projection of module {name!r} is not the one that the adapter was trained with: projection_seed="
+            f"{config.projection_seed}, r or u was edited in adapter_config.json. Nothing was loaded."
+        )
+    if of_factors <= SKETCH_TOLERANCE:
+        return basis
+    message = (
+        f"The adapter was trained with another basis than that of this base model: module {name!r} differs by "
+        f"{of_factors:.2g}, allowed is {SKETCH_TOLERANCE:g}."
+    )
+    if config.basis == "unchecked":
+        warnings.warn(f"{message} Its update is another one here.", stacklevel=2)
+        return basis
+    trained_on = f"It was trained on {config.base_model_name_or_path or 'a model without a name'}"
+    raise BasisMismatchError(
+        f"{message} {trained_on} ({_saved(config)['weights']} weights; here {weights}): load that, in the dtype it was "
+        "trained in, or set basis='unchecked' in its config to use the basis at hand all the same. Nothing was loaded."
+    )
+
+
+def _fits(basis: Basis, P: torch.Tensor, saved: torch.Tensor) -> bool:
+    if torch.any(fingerprint.align(basis, saved).A != basis.A):
+        return False
+    return max(fingerprint.distances(basis, P, saved)) <= SKETCH_TOLERANCE
+
+
+def _other_form(config: PeftConfig, weights: str) -> str:
+    trained = _saved(config)["weights"]
+    message = (
+        f"The adapter's basis is that of {trained} weights, and the base model's are {weights} here. Nothing was loaded. "
+        "Load the base model as it was trained on"
+    )
+    if trained == FLOAT:
+        message += ", or take the basis from its original weights: set basis='full-precision' in the adapter's config"
+    else:
+        message += (
+            ", or use the basis at hand, with an update that is another one: set basis='unchecked' in its config"
+        )
+    return f"{message}, and pass it as PeftModel.from_pretrained(..., config=config)."
+
+
+def _saved(config: PeftConfig) -> dict[str, str]:
+    saved = config.fingerprint if isinstance(config, TinyLoraConfig) else None
+    wanted = ("weights", "modules", "groups", "v")
+    if not isinstance(saved, dict) or not all(isinstance(saved.get(key), str) for key in wanted):
+        raise AdapterFileError(
+            "The adapter file is a compact one, and adapter_config.json has no whole `fingerprint` of its factors: "
+            f"{', '.join(wanted)}. Nothing was loaded. Take both files from the same save."
+        )
+    return saved
+
+
+def _request(source: WeightSource, layer: TinyLoraLayer, adapter_name: str) -> Request:
+    name = layer.weight_names[adapter_name]
+    read = functools.partial(read_weight, source, name, layer)
+    return Request(name, tuple(layer.matrix_shape()), layer.r[adapter_name], read)
+
+
+def _build(source: WeightSource, config: PeftConfig, requests: list[Request]) -> dict[str, Basis]:
+    # Truncated also for conventions of PEFT: the fingerprint says which signs LAPACK had.
+    return build_bases(
+        requests,
+        sigma=conventions_of(config).sigma,
+        canonical=True,
+        base=source.base,
+        weights=source.form,
+        repository=source.repository,
+    )
+
+
+def _compare_with_base(
+    source: WeightSource, config: PeftConfig, adapter_name: str, layers: Mapping[str, TinyLoraLayer]
+) -> None:
+    """Find out of factors that came from a file, or from LAPACK, whether the base determines them."""
+    from_paper = conventions_of(config).from_paper
+    requests = []
+    for layer in layers.values():
+        angle = layer.basis_angles[adapter_name]
+        unknown = angle is None or (not from_paper and angle == float("inf"))
+        if unknown and layer.has_weight() and not layer.tinylora_A[adapter_name].is_meta:
+            requests.append(_request(source, layer, adapter_name))
+    computed_bases = _build(source, config, requests)
+    for layer in layers.values():
+        computed = computed_bases.get(layer.weight_names[adapter_name])
+        if computed is None:
+            continue
+        given, P = layer.basis(adapter_name), layer.tinylora_P[adapter_name]
+        computed = fingerprint.align(computed, fingerprint.sketch(given, P))
+        same = all(_relative(a, b) <= SAME_FACTORS for a, b in ((given.A, computed.A), (given.B, computed.B)))
+        layer.basis_angles[adapter_name] = computed.angle if same else float("inf")
+
+
+def _relative(given: torch.Tensor, computed: torch.Tensor) -> float:
+    return ((given - computed).norm() / computed.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
+
+
+def _digest_of_groups(layers: Mapping[str, TinyLoraLayer], adapter_name: str) -> str:
+    groups = {}
+    for layer in layers.values():
+        groups |= zip(layer.matrix_names[adapter_name], layer.groups(adapter_name), strict=True)
+    return fingerprint.digest_of_groups(groups)

@@ -1,0 +1,91 @@
+"""A quantized layer -> the weight it was quantized from, read from the checkpoint of the base model, one at a time.
+
+For `TinyLoraConfig(basis="full-precision")`: an adapter whose basis is that of the original weights fits every form of
+its base model, quantized or not.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .errors import BasisError
+from .weight import FLOATING_DTYPES, working_dtype
+
+
+class OriginalWeights:
+    """The tensors of a base model's checkpoint, none of them loaded yet.
+
+    Args:
+        model (`nn.Module`): the base model; its `name_or_path` says where the checkpoint is.
+
+    Raises:
+        BasisError: if there is no safetensors checkpoint; says where it was looked for.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.name = model.name_or_path if isinstance(model, PreTrainedModel) else ""
+        if not self.name:
+            raise BasisError(
+                "basis='full-precision' needs the checkpoint that the quantized base model was loaded from, and this "
+                "model has no name: load it with from_pretrained, or leave `basis` out."
+            )
+        self._prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+        self._file_of = self._find_tensors(model.config._commit_hash)
+
+    def _find_tensors(self, revision: str | None) -> dict[str, Path]:
+        def find(file: str) -> Path | None:
+            path = cached_file(self.name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+            return None if path is None else Path(path)
+
+        single = find(SAFE_WEIGHTS_NAME)
+        if single is not None:
+            with safe_open(single, framework="pt") as tensors:
+                return dict.fromkeys(tensors.keys(), single)
+        index = find(SAFE_WEIGHTS_INDEX_NAME)
+        if index is None:
+            raise BasisError(
+                f"basis='full-precision': {self.name} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}. "
+                "Convert the checkpoint to safetensors, or leave `basis` out."
+            )
+        files = json.loads(index.read_text())["weight_map"]
+        return {tensor: find(file) for tensor, file in files.items()}
+
+    def read(self, key: str, layer: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
+        """W (out, in) of a module, in fp32 or better, on the CPU.
+
+        Args:
+            key (`str`): name of the module in the model.
+            layer (`nn.Module`): the quantized layer.
+            shape (`tuple[int, int]`): (out, in).
+
+        Raises:
+            BasisError: if the checkpoint has no such tensor, or has it quantized or in another shape; names it.
+        """
+        names = [f"{key}.weight", f"{self._prefix}{key}.weight", f"{key.removeprefix(self._prefix)}.weight"]
+        name = next((name for name in names if name in self._file_of), None)
+        if name is None:
+            raise BasisError(
+                f"basis='full-precision': the checkpoint {self.name} has no tensor {names[0]!r}. Leave `basis` out, or "
+                "name the module in `exclude_modules`."
+            )
+        with safe_open(self._file_of[name], framework="pt") as tensors:
+            weight = tensors.get_tensor(name)
+        if weight.dtype not in FLOATING_DTYPES:
+            raise BasisError(
+                f"basis='full-precision': {self.name} is a quantized checkpoint itself (it stores {name!r} as "
+                f"{weight.dtype}). Load the unquantized model with a quantization_config, or leave `basis` out."
+            )
+        # bitsandbytes' layers say what they stand in for.
+        weight = weight.T if getattr(layer, "source_cls", None) is Conv1D else weight
+        if tuple(weight.shape) != tuple(shape):
+            raise BasisError(
+                f"basis='full-precision': {name!r} of {self.name} has shape {tuple(weight.shape)}, and the module has "
+                f"{tuple(shape)}: the checkpoint is of another model. Leave `basis` out."
+            )
+        return weight.to(working_dtype(weight.dtype))
