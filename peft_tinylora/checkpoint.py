@@ -19,23 +19,32 @@ error, and so is a basis of other weights than those of the model.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
 from peft import PeftConfig
 from torch import nn
 
 from . import compact
+from .assignment import read_from_file
 from .basis import residual
 from .compact import VECTORS
 from .config import TinyLoraConfig, conventions_of
 from .errors import AdapterFileError, BasisMismatchError
 from .layer import TinyLoraLayer
+from .targets import target_names
+from .tying import group_modules
 
 
 # `basis.residual` of the factors in a file against the loaded weight. Factors rounded to bf16 give about 0.003, the
 # same weights rounded to bf16 less; a weight changed by 5% gives more than this, another model about 1.
 BASIS_TOLERANCE = 0.01
+
+_OTHER_NUMBERS = (
+    "The adapter file has other numbers for module {name!r} than for a module that shares them: `tie` or `n_tie` was "
+    "edited in adapter_config.json, or v was trained without this package. Nothing was loaded. Name `tie` as the file was "
+    "trained, 'none' for stock PEFT."
+)
 
 
 def tensors_to_save(
@@ -116,16 +125,21 @@ def tensors_to_load(
     if len(found) + len(others) != len(state_dict):
         raise AdapterFileError("The adapter file has a tensor under two names. Nothing was loaded. Save it anew.")
     is_compact = VECTORS in found
+    # A Trainer that resumes loads into an adapter that has its factors, with the config that it was made with.
+    is_awaited = read_from_file(config) and any(layer.tinylora_A[adapter_name].is_meta for layer in layers.values())
     if is_compact:
-        found |= compact.unpack_vectors(config, found.pop(VECTORS))
-    elif conventions_of(config).from_paper:
-        found = _one_for_each_group(layers, adapter_name, found)
+        found |= compact.unpack_vectors(config, found.pop(VECTORS), check_digest=is_awaited)
     slots = _slots(model, config, adapter_name, layers, found if is_compact else None)
+    has_copies = not is_compact and conventions_of(config).from_paper
+    if has_copies:
+        slots = _with_copies(slots, layers, adapter_name)
     _check(slots, found, sorted(unknown), broken)
+    if has_copies:
+        _check_copies(layers, adapter_name, found)
     carried = {name: layer for name, layer in layers.items() if f"{_name_in_base_model(name)}.tinylora_A" in found}
     _check_basis(carried, found, config)
     bases = {}
-    if is_compact:
+    if is_compact and is_awaited:
         names = [_name_in_base_model(name) for name in carried]
         bases = compact.rebuild_bases(_base_of(model), config, adapter_name, _by_name(layers), names)
 
@@ -162,43 +176,51 @@ def _by_name(layers: Mapping[str, TinyLoraLayer]) -> dict[str, TinyLoraLayer]:
     return {_name_in_base_model(name): layer for name, layer in layers.items()}
 
 
-def _one_for_each_group(
-    layers: Mapping[str, TinyLoraLayer], adapter_name: str, found: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """A portable file's copies of v, one for each module -> one for each group; raises where they differ."""
-    grouped = {name: tensor for name, tensor in found.items() if not name.startswith(f"{VECTORS}.")}
+def _with_copies(
+    slots: dict[str, tuple[str, torch.Tensor]], layers: Mapping[str, TinyLoraLayer], adapter_name: str
+) -> dict[str, tuple[str, torch.Tensor]]:
+    """Slots of v for each group -> for each module, as a portable file has them."""
+    copies = {f"{VECTORS}.{index}": layer.groups(adapter_name)[0] for index, layer in enumerate(layers.values())}
+    others = {name: slot for name, slot in slots.items() if not name.startswith(f"{VECTORS}.")}
+    return others | {name: slots[f"{VECTORS}.{group}"] for name, group in copies.items()}
+
+
+def _check_copies(layers: Mapping[str, TinyLoraLayer], adapter_name: str, found: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless a portable file's copies of v, one for each module, agree where modules share it."""
+    first: dict[str, torch.Tensor] = {}
     for index, (name, layer) in enumerate(layers.items()):
-        v = found.get(f"{VECTORS}.{index}")
-        [group] = layer.groups(adapter_name)
-        if v is None:
-            continue
-        first = grouped.setdefault(f"{VECTORS}.{group}", v)
-        if not torch.equal(first, v):
-            raise AdapterFileError(
-                f"The adapter file has other numbers for module {_name_in_base_model(name)!r} than for a module that "
-                "shares them: `tie` or `n_tie` was edited in adapter_config.json, or v was trained without this package. "
-                "Nothing was loaded. Name `tie` as the file was trained, 'none' for stock PEFT."
-            )
-    copies = [name for name in found if name.startswith(f"{VECTORS}.")]
-    extra = sorted(set(copies) - {f"{VECTORS}.{index}" for index in range(len(layers))})
-    return grouped | {f"{name} of {len(layers)}": found[name] for name in extra}
+        v = found[f"{VECTORS}.{index}"]
+        if not torch.equal(first.setdefault(layer.groups(adapter_name)[0], v), v):
+            raise AdapterFileError(_OTHER_NUMBERS.format(name=_name_in_base_model(name)))
 
 
-def is_vectors(key: str) -> bool:
-    """Whether a key of a file is that of the one tensor of a compact one."""
-    return _name_in_base_model(key) == VECTORS
+def unpack_file(
+    model: nn.Module, config: TinyLoraConfig, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a file, in either form, with one v for each group, under the prefix that transformers reads.
 
-
-def unpack_file(config: TinyLoraConfig, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a compact file with one for each v, under the prefix that transformers reads.
+    Args:
+        model (`nn.Module`): the transformers model, without the adapter.
+        config ([`TinyLoraConfig`]): the adapter's.
+        state_dict (`Mapping[str, torch.Tensor]`): as read from the file.
 
     Raises:
         AdapterFileError: as [`tensors_to_load`].
     """
-    tensors = {key: tensor for key, tensor in state_dict.items() if not is_vectors(key)}
-    [vectors] = [tensor for key, tensor in state_dict.items() if is_vectors(key)]
-    unpacked = compact.unpack_vectors(config, vectors)
-    return tensors | {f"base_model.model.{name}": v for name, v in unpacked.items()}
+    others = {key: tensor for key, tensor in state_dict.items() if not _name_in_base_model(key).startswith(VECTORS)}
+    found = {_name_in_base_model(key): tensor for key, tensor in state_dict.items() if key not in others}
+    if VECTORS in found:
+        found = compact.unpack_vectors(config, found[VECTORS], check_digest=True)
+    else:
+        groups = group_modules(target_names(model, config), config.tie, config.n_tie)
+        copies = [f"{VECTORS}.{index}" for index in range(len(groups))]
+        _check({name: ("", found.get(name, torch.empty(config.u))) for name in copies}, found)
+        grouped: dict[str, torch.Tensor] = {}
+        for copy, (name, group) in zip(copies, groups.items(), strict=True):
+            if not torch.equal(grouped.setdefault(f"{VECTORS}.{group}", found[copy]), found[copy]):
+                raise AdapterFileError(_OTHER_NUMBERS.format(name=name))
+        found = grouped
+    return others | {f"base_model.model.{name}": v for name, v in found.items()}
 
 
 def check_loaded(model: nn.Module, config: PeftConfig, adapter_name: str, keys: Iterable[str]) -> None:
@@ -215,18 +237,24 @@ def check_loaded(model: nn.Module, config: PeftConfig, adapter_name: str, keys: 
     """
     layers = _adapted_layers(model, adapter_name)
     is_compact = isinstance(config, TinyLoraConfig) and config.format_version is not None
-    keys = {key for key in keys if not (is_compact and _name_in_base_model(key) == VECTORS)}
-    carried = set()
-    if is_compact:  # what was in the file is no longer on the meta device
-        carried = {name for name, layer in layers.items() if not layer.tinylora_A[adapter_name].is_meta}
-    in_file = {f"{_name_in_base_model(name)}.tinylora_{kind}": None for name in carried for kind in "AB"}
-    slots = _slots(model, config, adapter_name, layers, in_file if is_compact else None)
+    keys, in_file = {*keys}, None
+    if is_compact:
+        # transformers found those factors missing that are not in the file, and left their buffers with any numbers.
+        factors = {
+            f"{name}.tinylora_{kind}.{adapter_name}": f"{_name_in_base_model(name)}.tinylora_{kind}"
+            for name in layers
+            for kind in "ABP"
+        }
+        in_file = {name for key, name in factors.items() if key not in keys}
+        keys -= factors.keys()
+    carried = {name for name in layers if in_file is None or f"{_name_in_base_model(name)}.tinylora_A" in in_file}
+    slots = _slots(model, config, adapter_name, layers, in_file)
     by_key = {key: name for name, (key, _) in slots.items()}
     wrong = {by_key.get(key, key) for key in keys}
     found = {name: slot for name, (_, slot) in slots.items() if name not in wrong}
     found |= {name: torch.empty(0) for name in wrong - slots.keys()}
     _check(slots, found)
-    _check_basis({name: layer for name, layer in layers.items() if not is_compact or name in carried}, found, config)
+    _check_basis({name: layer for name, layer in layers.items() if name in carried}, found, config)
     if is_compact:
         names = [_name_in_base_model(name) for name in carried]
         by_name = _by_name(layers)
@@ -260,7 +288,7 @@ def _slots(
     config: PeftConfig,
     adapter_name: str,
     layers: dict[str, TinyLoraLayer],
-    in_file: Mapping[str, object] | None,
+    in_file: Container[str] | None,
 ) -> dict[str, tuple[str, torch.Tensor]]:
     """Name in the base model -> key in the state dict of `model`, and the tensor that is there now.
 

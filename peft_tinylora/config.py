@@ -157,7 +157,7 @@ class TinyLoraConfig(peft.TinyLoraConfig):
         # Only in a file is the type a plain string; the factors are then about to be loaded, not computed.
         self.adapted_modules: list[str] = []  # filled in where a portable file must name them for stock PEFT
         self._from_file = self.peft_type is not None and not isinstance(self.peft_type, peft.PeftType)
-        if self._from_file:
+        if self.peft_type is not None:  # as from `to_dict`, or a file
             self._read_compact_fields()
         check_peft_fields(self)
         check_own_fields(self)

@@ -109,6 +109,9 @@ class TinyLoraModel(BaseTuner):
         config = self.peft_config[adapter_name]
         check_peft_fields(config)
         config = self._prepare_adapter_config(config, self.get_model_config(model))
+        has_factors = any(".tinylora_A" in key for key in state_dict or ())  # a compact file has none, or not all
+        by_state_dict = has_factors and not getattr(config, "format_version", None)
+        state_dict = state_dict if by_state_dict else None
         targets = find_targets(model, config) if state_dict is None else targets_in_state_dict(model, state_dict)
         keep_differentiable(model)
         twin = self._adapter_with_same_settings(adapter_name, config)

@@ -19,7 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from .checkpoint import check_loaded, is_vectors, unpack_file
+from .checkpoint import check_loaded, unpack_file
 from .config import TinyLoraConfig
 from .errors import ConfigError
 from .layer import TinyLoraLayer
@@ -89,7 +89,7 @@ def _inject_adapter_in_model(
 def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     before = set(self.peft_config) if self._hf_peft_config_loaded else set()
     bound = inspect.signature(_in_place_of["load"]).bind(self, *args, **kwargs)
-    _unpack_compact_file(bound.arguments)
+    _unpack_file(self, bound.arguments)
     try:
         loading_info = _in_place_of["load"](*bound.args, **bound.kwargs)
         for name in _tinylora_adapters(self) - before:
@@ -102,26 +102,24 @@ def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     return loading_info
 
 
-def _unpack_compact_file(arguments: dict[str, Any]) -> None:
-    """Give transformers the vectors of a compact file as `adapter_state_dict`, one by one, as the model has them.
+def _unpack_file(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
+    """Give transformers an adapter's tensors as `adapter_state_dict`, with one v for each group, as the model has them.
 
-    The factors are taken from the base model afterwards, by `check_loaded`.
+    The factors of a compact file are taken from the base model afterwards, by `check_loaded`.
     """
     folder, config = arguments.get("peft_model_id"), arguments.get("peft_config")
     tensors = arguments.get("adapter_state_dict")
-    options = dict(arguments.get("adapter_kwargs") or {})
     load_config = arguments.get("load_config")
-    if load_config is not None:
-        options = {**load_config.download_kwargs, **options}
+    options = {} if load_config is None else dict(load_config.download_kwargs)
+    options |= arguments.get("adapter_kwargs") or {}
     if config is None and folder is not None:
         config = peft.PeftConfig.from_pretrained(folder, **options)
-    if not isinstance(config, TinyLoraConfig) or config.format_version is None:
+    if not isinstance(config, TinyLoraConfig) or not config.uses_paper_conventions:
         return
+    arguments["peft_config"] = config
     if tensors is None:
         tensors = peft.load_peft_weights(folder, device="cpu", **options)
-    if any(is_vectors(key) for key in tensors):
-        arguments["peft_config"] = config
-        arguments["adapter_state_dict"] = unpack_file(config, tensors)
+    arguments["adapter_state_dict"] = unpack_file(model, config, tensors)
 
 
 def _tinylora_adapters(model: PreTrainedModel) -> set[str]:

@@ -97,7 +97,7 @@ def targets_in_state_dict(model: nn.Module, state_dict: dict[str, torch.Tensor])
     Raises:
         AdapterFileError: if the model has no such module; names it.
     """
-    wanted = {key.rpartition(".tinylora_")[0] for key in state_dict} - {""}  # "" is that of the vectors
+    wanted = {key.rpartition(".tinylora_")[0] for key in state_dict if ".tinylora_v" not in key} - {""}
     names = [name for name, _ in model.named_modules() if name in wanted]
     unknown = sorted(wanted - set(names))
     if unknown:

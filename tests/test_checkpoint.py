@@ -13,16 +13,26 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, set_peft_m
 from safetensors.torch import load_file, save_file
 from support import fill_vectors
 
-from peft_tinylora import AdapterFileError, BasisMismatchError, ConfigError, TinyLoraConfig, TinyLoraLayer, assignment
+from peft_tinylora import AdapterFileError, BasisMismatchError, ConfigError, TinyLoraConfig, TinyLoraLayer, build
 
 
 TILED = {"r": 2, "u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
 
 
+@pytest.fixture(params=["compact", "portable"])
+def saved(request, tiny_llama, tokens, tmp_path) -> tuple[Path, torch.Tensor]:
+    """Folder of a trained adapter in either form, and its logits."""
+    return save_adapter(tmp_path, tiny_llama, tokens, save_basis=request.param == "portable")
+
+
 @pytest.fixture
-def saved(tiny_llama, tokens, tmp_path) -> tuple[Path, torch.Tensor]:
-    """Folder of a trained adapter, and its logits."""
-    model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
+def portable(tiny_llama, tokens, tmp_path) -> tuple[Path, torch.Tensor]:
+    """Folder of a trained adapter with its factors, and its logits."""
+    return save_adapter(tmp_path, tiny_llama, tokens, save_basis=True)
+
+
+def save_adapter(tmp_path: Path, tiny_llama, tokens: torch.Tensor, save_basis: bool) -> tuple[Path, torch.Tensor]:
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED, save_basis=save_basis))
     fill_vectors(model, 0.5)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter", model(tokens).logits
@@ -90,23 +100,12 @@ def test_a_pickled_checkpoint_of_peft_still_loads(tiny_llama, tokens, tmp_path) 
     assert torch.equal(PeftModel.from_pretrained(tiny_llama(), tmp_path)(tokens).logits, model(tokens).logits)
 
 
-@pytest.mark.parametrize("save_projection", [True, False])
-def test_projection_is_saved_or_drawn_again(tiny_llama, tokens, tmp_path, save_projection: bool) -> None:
-    model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED, save_projection=save_projection))
-    fill_vectors(model, 0.5)
-    model.save_pretrained(tmp_path)
-    names = load_file(tmp_path / "adapter_model.safetensors").keys()
-    assert any("tinylora_P" in name for name in names) == save_projection
-    assert torch.equal(PeftModel.from_pretrained(tiny_llama(), tmp_path)(tokens).logits, model(tokens).logits)
-
-
-def test_loading_computes_no_basis(tiny_llama, tokens, saved, monkeypatch) -> None:
+def test_loading_a_portable_file_computes_no_basis(tiny_llama, tokens, portable, monkeypatch) -> None:
     def forbidden(*args: object, **kwargs: object) -> None:
         raise AssertionError("a basis was computed")
 
-    monkeypatch.setattr(assignment, "compute_basis", forbidden)
-    monkeypatch.setattr(torch.linalg, "svd", forbidden)
-    folder, logits = saved
+    monkeypatch.setattr(build, "compute_basis", forbidden)
+    folder, logits = portable
     model = PeftModel.from_pretrained(tiny_llama(), folder)
     model.load_adapter(folder, adapter_name="again")
     assert torch.equal(model(tokens).logits, logits)
@@ -132,14 +131,14 @@ def test_a_config_from_a_file_without_its_tensors_starts_afresh(tiny_llama, toke
 
 
 A0 = "base_model.model.model.layers.0.self_attn.q_proj.tinylora_A"
-V0 = "base_model.model.tinylora_v.0"
+V0 = "base_model.tinylora_v.0"
 CHANGES = {
     "v missing": (lambda t: t.pop(V0), r"1 missing \(tinylora_v\.0\)"),
     "B missing": (lambda t: t.pop(A0[:-1] + "B"), r"1 missing \(model\.layers\.0\.self_attn\.q_proj\.tinylora_B\)"),
     "A missing": (lambda t: t.pop(A0), r"1 missing \(model\.layers\.0\.self_attn\.q_proj\.tinylora_A\)"),
     "P missing": (lambda t: t.pop(A0[:-1] + "P"), r"1 missing \(model\.layers\.0\.self_attn\.q_proj\.tinylora_P\)"),
-    "all missing": (lambda t: t.clear(), r"91 missing \("),
-    "extra v": (lambda t: t.update({V0[:-1] + "7": torch.zeros(1)}), r"1 that the adapter does not have \(tinylora_v\.7\)"),
+    "all missing": (lambda t: t.clear(), r"112 missing \("),
+    "extra v": (lambda t: t.update({V0[:-1] + "28": torch.zeros(1)}), r"1 that the adapter does not have \(tinylora_v\.28\)"),
     "extra tensor": (lambda t: t.update({"lora_A": torch.zeros(1)}), r"1 that the adapter does not have \(lora_A\)"),
     "v too long": (
         lambda t: t.update({V0: torch.zeros(2)}),
@@ -154,8 +153,10 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_file_that_does_not_fit_is_refused_and_the_base_is_as_before(tiny_llama, tokens, saved, change: str) -> None:
-    folder, _ = saved
+def test_file_that_does_not_fit_is_refused_and_the_base_is_as_before(
+    tiny_llama, tokens, portable, change: str
+) -> None:
+    folder, _ = portable
     mutate, message = CHANGES[change]
     rewrite(folder, mutate)
     base = tiny_llama()
@@ -178,8 +179,8 @@ def test_file_that_does_not_fit_is_refused_and_the_base_is_as_before(tiny_llama,
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_transformers_own_load_adapter_refuses_the_same_files(tiny_llama, tokens, saved, change: str) -> None:
-    folder, logits = saved
+def test_transformers_own_load_adapter_refuses_the_same_files(tiny_llama, tokens, portable, change: str) -> None:
+    folder, logits = portable
     whole = (folder / "adapter_model.safetensors").read_bytes()
     rewrite(folder, CHANGES[change][0])
     base = tiny_llama()
@@ -220,7 +221,7 @@ def test_wrapping_a_base_again_trains_the_new_adapter(tiny_llama, tokens, saved)
 
 def test_injecting_by_the_names_of_a_state_dict_keeps_the_groups(tiny_llama, tokens, tmp_path) -> None:
     deep = {"num_hidden_layers": 12, "hidden_size": 16, "intermediate_size": 16}  # "layers.10" sorts before "layers.2"
-    model = get_peft_model(tiny_llama(**deep), TinyLoraConfig(**TILED))
+    model = get_peft_model(tiny_llama(**deep), TinyLoraConfig(**TILED, save_basis=True))
     fill_vectors(model, 0.5)
     model.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -267,14 +268,16 @@ def test_rank_one_weight_and_a_steep_spectrum_load_onto_their_own_base(tmp_path)
     for name, S in {"rank one": [3.0] + [0.0] * 11, "steep": [1.0, 1e-3] + [1e-4] * 10}.items():
         base = torch.nn.Sequential(torch.nn.Linear(12, 12))
         base[0].weight.data = (U * torch.tensor(S)) @ Vh
-        model = get_peft_model(copy.deepcopy(base), TinyLoraConfig(u=1, tie="none", target_modules=["0"]))
+        model = get_peft_model(
+            copy.deepcopy(base), TinyLoraConfig(u=1, tie="none", target_modules=["0"], save_basis=True)
+        )
         model.save_pretrained(tmp_path / name)
         for dtype in (torch.float32, torch.bfloat16):
             PeftModel.from_pretrained(copy.deepcopy(base).to(dtype), tmp_path / name)
 
 
-def test_file_that_does_not_fit_leaves_an_adapter_that_is_there(tiny_llama, tokens, saved) -> None:
-    folder, logits = saved
+def test_file_that_does_not_fit_leaves_an_adapter_that_is_there(tiny_llama, tokens, portable) -> None:
+    folder, logits = portable
     model = PeftModel.from_pretrained(tiny_llama(), folder)
     rewrite(folder, lambda t: t[V0].fill_(float("nan")))
     with pytest.raises(AdapterFileError):
@@ -284,18 +287,18 @@ def test_file_that_does_not_fit_leaves_an_adapter_that_is_there(tiny_llama, toke
 
 @pytest.mark.parametrize(
     "fields",
-    [{"n_tie": 2}, {"n_tie": 8}, {"tie": "none", "n_tie": None}, {"tie": "full", "n_tie": None}, {"r": 1}, {"u": 2},
+    [{"n_tie": 8}, {"tie": "full", "n_tie": None}, {"r": 1}, {"u": 2},
      {"save_projection": False}, {"target_modules": ["q_proj"]}],
 )  # fmt: skip
-def test_config_edited_after_saving_is_refused(tiny_llama, saved, fields: dict) -> None:
-    folder, _ = saved
+def test_config_edited_after_saving_is_refused(tiny_llama, portable, fields: dict) -> None:
+    folder, _ = portable
     rewrite_config(folder, **fields)
-    with pytest.raises(AdapterFileError, match=r"does not fit its config"):
+    with pytest.raises(AdapterFileError, match=r"does not fit its config|`tie` or `n_tie` was edited"):
         PeftModel.from_pretrained(tiny_llama(), folder)
 
 
-def test_another_base_is_refused(tiny_llama, saved) -> None:
-    folder, _ = saved
+def test_another_base_is_refused(tiny_llama, portable) -> None:
+    folder, _ = portable
     with pytest.raises(BasisMismatchError, match=r"module 'model\.layers\.0\.self_attn\.q_proj' has residual"):
         PeftModel.from_pretrained(tiny_llama(seed=1), folder)
     for layers in (3, 5):
@@ -310,8 +313,8 @@ def test_another_base_is_refused(tiny_llama, saved) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_same_base_in_low_precision_is_accepted(tiny_llama, tokens, saved, dtype: torch.dtype) -> None:
-    folder, logits = saved
+def test_the_same_base_in_low_precision_is_accepted(tiny_llama, tokens, portable, dtype: torch.dtype) -> None:
+    folder, logits = portable
     model = PeftModel.from_pretrained(tiny_llama().to(dtype), folder)
     torch.testing.assert_close(model(tokens).logits.float(), logits, rtol=0.05, atol=0.05)
 

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from support import fill_vectors
 
-from peft_tinylora import TinyLoraConfig, TinyLoraLayer, assignment, projection
+from peft_tinylora import TinyLoraConfig, TinyLoraLayer, build, projection
 
 
 TILED = {"r": 2, "u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
@@ -364,8 +364,8 @@ def test_status_names_the_adapters_of_each_layer(tiny_llama) -> None:
 
 def test_one_decomposition_for_each_module(tiny_llama, monkeypatch) -> None:
     calls = []
-    original = assignment.compute_basis
-    monkeypatch.setattr(assignment, "compute_basis", lambda *a, **k: calls.append(k["name"]) or original(*a, **k))
+    original = build.compute_basis
+    monkeypatch.setattr(build, "compute_basis", lambda *a: calls.append(a[-1]) or original(*a))
     get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
     assert len(calls) == len(set(calls)) == 28
 
