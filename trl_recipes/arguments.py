@@ -15,6 +15,8 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
+from peft_tinylora.config import SAVE_DTYPES
+
 
 class RecipeError(ValueError):
     """A mistake in what the user asked for. The scripts print it as one line, without a traceback."""
@@ -149,6 +151,12 @@ class TinyLoraArguments:
             Modules to train and save whole.
         tinylora_projection_seed (`int`, *optional*, defaults to `42`):
             Seed of the fixed random projections.
+        tinylora_basis (`str`, *optional*, defaults to `"base"`):
+            The weights that the frozen factors come from: `base` as loaded, or `full-precision`.
+        tinylora_save_basis (`bool`, *optional*, defaults to `False`):
+            Whether the adapter file holds the frozen factors.
+        tinylora_save_dtype (`str`, *optional*, defaults to `"float32"`):
+            What the trained numbers are rounded to once, after training: `float32` or `bfloat16`.
     """
 
     tinylora_r: int = field(default=2, metadata={"help": "Frozen rank: singular directions kept of each weight."})
@@ -183,6 +191,20 @@ class TinyLoraArguments:
         default=None, metadata={"help": "Modules to train and save whole, beside the adapter."}
     )
     tinylora_projection_seed: int = field(default=42, metadata={"help": "Seed of the fixed random projections."})
+    tinylora_basis: str = field(
+        default="base",
+        metadata={
+            "help": "The weights the frozen factors come from: base (as they are loaded, dequantized if they are "
+            "quantized) or full-precision (those of the checkpoint, so that the adapter fits every form of the base)."
+        },
+    )
+    tinylora_save_basis: bool = field(
+        default=False, metadata={"help": "Put the frozen factors into the file, so that stock PEFT loads it."}
+    )
+    tinylora_save_dtype: str = field(
+        default="float32",
+        metadata={"help": "What the trained numbers are rounded to after training: float32 or bfloat16."},
+    )
 
     def __post_init__(self):
         if isinstance(self.tinylora_tie, str) and self.tinylora_tie.lstrip().startswith("{"):
@@ -190,6 +212,10 @@ class TinyLoraArguments:
                 self.tinylora_tie = json.loads(self.tinylora_tie)
             except json.JSONDecodeError as error:
                 raise RecipeError(f"tinylora_tie is no JSON mapping: {self.tinylora_tie!r} ({error}).") from error
+        if self.tinylora_save_dtype not in SAVE_DTYPES:
+            raise RecipeError(
+                f"tinylora_save_dtype={self.tinylora_save_dtype!r}: allowed are {', '.join(map(repr, SAVE_DTYPES))}."
+            )
 
 
 @dataclass
@@ -205,6 +231,8 @@ class ScoreArguments(ProblemArguments):
             Its split; a file is one split.
         adapter (`str`, *optional*):
             A saved adapter, folder or id. Without it the base model is scored.
+        basis (`str`, *optional*):
+            `basis` of the adapter's config, in place of the saved one.
         batch_size (`int`, *optional*, defaults to `64`):
             Problems generated at once.
         max_completion_length (`int`, *optional*, defaults to `512`):
@@ -223,6 +251,13 @@ class ScoreArguments(ProblemArguments):
     dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
     dataset_split: str = field(default="test", metadata={"help": "The dataset's split (a file is one split)."})
     adapter: str | None = field(default=None, metadata={"help": "A saved adapter: folder or id (None: the base)."})
+    basis: str | None = field(
+        default=None,
+        metadata={
+            "help": "Where to take the adapter's frozen factors from on another form of the base than it was trained on: "
+            "full-precision or unchecked (None: as it was trained)."
+        },
+    )
     batch_size: int = field(
         default=64, metadata={"help": "Problems generated at once. The same number gives the same answers again."}
     )

@@ -151,7 +151,9 @@ def main() -> None:
     grpo_seconds = time.time() - started
 
     # --- save
-    save_adapter(trainer, output_dir)  # first of all: scoring takes a while, and Ctrl-C must not cost the training
+    save_adapter(
+        trainer, output_dir, tinylora_args.tinylora_save_dtype
+    )  # first of all: scoring takes a while, and Ctrl-C must not cost the training
     # Scored outside of mixed precision, as a later process will score it.
     policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     after, answers_sha256 = score_both_ways(

@@ -258,7 +258,10 @@ def main() -> None:
 
     model = load_model(model_args, arguments.trust_remote_code)
     if arguments.adapter is not None:
-        model = PeftModel.from_pretrained(model, arguments.adapter)
+        config = PeftConfig.from_pretrained(arguments.adapter)
+        if arguments.basis is not None:
+            config.basis = arguments.basis
+        model = PeftModel.from_pretrained(model, arguments.adapter, config=config)
     device = "cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu"
     if not (model_args.load_in_4bit or model_args.load_in_8bit):  # a quantized model was put there while loading
         model = model.to(device)

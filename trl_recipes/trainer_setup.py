@@ -101,6 +101,8 @@ def tinylora_config(arguments: TinyLoraArguments) -> TinyLoraConfig:
             target_parameters=arguments.tinylora_target_parameters,
             modules_to_save=arguments.tinylora_modules_to_save,
             projection_seed=arguments.tinylora_projection_seed,
+            basis=arguments.tinylora_basis,
+            save_basis=arguments.tinylora_save_basis,
         )
     except ValueError as error:
         raise RecipeError(first_line(error)) from error
@@ -141,9 +143,11 @@ def count_trained(model: PeftModel) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def save_adapter(trainer: Trainer, output_dir: Path) -> None:
+def save_adapter(trainer: Trainer, output_dir: Path, save_dtype: str) -> None:
     """
-    Saves the adapter, config before weights: a folder that holds the weights is finished.
+    Saves the adapter, its numbers rounded to `save_dtype`, in the model too: what is scored is what was saved.
+
+    Saves config before weights: a folder that holds the weights is finished.
 
     Written elsewhere first and moved, so that Ctrl-C leaves either the old adapter or the new one. Tokenizer and base
     are not saved: they come from the base model. Every process calls it, for FSDP.
@@ -153,7 +157,16 @@ def save_adapter(trainer: Trainer, output_dir: Path) -> None:
             The trainer after training.
         output_dir (`Path`):
             The adapter's folder.
+        save_dtype (`str`):
+            "float32" or "bfloat16".
     """
+    dtype = getattr(torch, save_dtype)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.requires_grad and "tinylora_v" in name:
+            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+    # Only now: a checkpoint of the run is saved as it trains.
+    for config in trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).peft_config.values():
+        config.save_dtype = save_dtype
     temporary = output_dir / ".saving"
     trainer.save_model(str(temporary))
     if trainer.is_world_process_zero():
