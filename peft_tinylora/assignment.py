@@ -23,7 +23,7 @@ from .experts import wrapper_of_parameter
 from .layer import TinyLoraLayer
 from .projection import draw_projection, seed_of_module
 from .source import WeightSource
-from .targets import Target
+from .targets import Target, find_targets
 from .tying import group_modules, group_modules_by_ratio
 from .weight import (
     check_parameter,
@@ -110,6 +110,31 @@ def assign(
         repository=source.repository,
     )
     return {key: given._replace(basis=bases.get(key, given.basis)) for key, given in assignments.items()}
+
+
+def requests_of(model: nn.Module, config: PeftConfig) -> tuple[list[Request], WeightSource]:
+    """The bases that a config needs of a base model, for building them without an adapter.
+
+    Args:
+        model (`nn.Module`): the base model.
+        config (`PeftConfig`): its `target_modules` and `r`.
+
+    Raises:
+        UnsupportedModuleError, BasisError: name the target.
+    """
+    weights = {
+        target.key: TargetWeight(model, target.key, target.parameter_name) for target in find_targets(model, config)
+    }
+    source = WeightSource(model, config, weights.values())
+    return [
+        Request(
+            key,
+            weight.matrix_shape(),
+            bounded_rank(config, weight.matrix_shape(), key),
+            functools.partial(read_weight, source, key, weight),
+        )
+        for key, weight in weights.items()
+    ], source
 
 
 def projection_of(config: PeftConfig, names: Sequence[str], index: int, r: int, stacked: bool) -> torch.Tensor:

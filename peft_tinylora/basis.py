@@ -92,14 +92,6 @@ def place_sigma(left: Basis, sigma: str) -> Basis:
     return Basis(left.A * root[..., :, None], left.B / _nonzero(root)[..., None, :], left.angle)
 
 
-def sigma_on_left(basis: Basis, sigma: str) -> Basis:
-    """The inverse of [`place_sigma`]."""
-    if sigma == "left":
-        return basis
-    root = basis.B.norm(dim=-2)
-    return Basis(basis.A / _nonzero(root)[..., :, None], basis.B * root[..., None, :], basis.angle)
-
-
 def _nonzero(values: torch.Tensor) -> torch.Tensor:
     return torch.where(values == 0, torch.ones_like(values), values)
 

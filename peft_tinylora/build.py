@@ -74,7 +74,7 @@ def build_bases(
     bases, computed = {}, 0
     for request in tqdm(requests, desc="Basis", unit="module", delay=SECONDS_UNTIL_PROGRESS, leave=False):
         W = request.read()
-        basis = _kept_basis(kept.get(request.key), W, request)
+        basis = verified(kept.get(request.key), W, request)
         if basis is None:
             basis = compute_basis(W, request.r, "left", canonical, request.key)
             computed += 1
@@ -92,8 +92,8 @@ def build_bases(
     return {key: place_sigma(basis, sigma) for key, basis in bases.items()}
 
 
-def _kept_basis(basis: Basis | None, W: torch.Tensor, request: Request) -> Basis | None:
-    """A kept basis, on the device of the weight, if it is a basis of that weight."""
+def verified(basis: Basis | None, W: torch.Tensor, request: Request) -> Basis | None:
+    """A kept basis, singular values on the left, on the device of the weight; `None` if it is not one of that weight."""
     if basis is None or W.is_meta:
         return None
     *experts, rows, columns = request.shape

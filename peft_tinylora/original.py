@@ -36,7 +36,8 @@ class OriginalWeights:
                 "model has no name: load it with from_pretrained, or leave `basis` out."
             )
         self._prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-        self._file_of = self._find_tensors(model.config._commit_hash)
+        # The commit that a model from the Hub was loaded from; a local one has none.
+        self._file_of = self._find_tensors(getattr(model.config, "_commit_hash", None))
 
     def _find_tensors(self, revision: str | None) -> dict[str, Path]:
         def find(file: str) -> Path | None:

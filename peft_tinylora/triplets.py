@@ -32,6 +32,9 @@ GUARD_VECTORS = 6  # rows of a block beyond r
 MOST_STEPS = 16  # beyond this many the Gram matrix is faster
 # What is left of the residual, relative to the largest singular value, when fp32 products are all that limits it.
 FP32_FLOOR = 6e-7
+# Relative to the largest value. Below it the vectors turn by a hundredth with the rounding of the weight itself to fp32,
+# as between two devices that dequantize it.
+LEAST_GAP = 3e-6
 CHUNK_ELEMENTS = 1 << 20  # of W are converted to fp64 at once
 
 
@@ -56,7 +59,9 @@ class Triplets(NamedTuple):
     @property
     def angle(self) -> float:
         """Bound on the sine of the angle of each vector to the exact one (Wedin); infinite where the gap is lost."""
-        return self.residual / (self.gap - self.residual) if self.gap > self.residual else float("inf")
+        if self.gap <= max(self.residual, LEAST_GAP):
+            return float("inf")
+        return self.residual / (self.gap - self.residual)
 
 
 def leading_triplets(W: torch.Tensor, r: int) -> Triplets:

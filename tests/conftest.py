@@ -1,11 +1,20 @@
 """Fixtures of every test file."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from support import make_tiny_llama
 from transformers import LlamaForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def basis_cache_folder(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A basis cache for each test, in place of the user's."""
+    folder = tmp_path_factory.mktemp("basis")
+    monkeypatch.setenv("PEFT_TINYLORA_CACHE", str(folder))
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,227 @@
+"""`peft-tinylora`: the basis cache, and adapters in another form.
+
+peft-tinylora basis list                                   what is cached, and how large
+peft-tinylora basis build MODEL [--load-in-4bit]           compute and keep the basis of a base model
+peft-tinylora basis verify [MODEL]                         every byte; with a model, every factor against its weights
+peft-tinylora basis clear [MODEL]                          remove the files of a base model, or all
+peft-tinylora basis push MODEL REPOSITORY                  to the Hub
+peft-tinylora basis pull MODEL REPOSITORY                  from the Hub, verified
+peft-tinylora convert ADAPTER FOLDER --to compact          or portable, which stock PEFT loads
+"""
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from . import basis_cache, basis_hub
+from .assignment import requests_of
+from .build import build_bases, verified
+from .config import TinyLoraConfig
+from .convert import FORMS, convert_adapter
+from .errors import BasisError, TinyLoraError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, or 1 where something is damaged or wrong, said in one line."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    options = make_parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (TinyLoraError, OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every command."""
+    parser = argparse.ArgumentParser(
+        "peft-tinylora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    basis = commands.add_parser("basis", help="the basis cache").add_subparsers(required=True, metavar="COMMAND")
+
+    basis.add_parser("list", help="what is cached").set_defaults(run=list_bases)
+    build = basis.add_parser("build", help="compute and keep the basis of a base model")
+    build.set_defaults(run=build_basis)
+    verify = basis.add_parser("verify", help="check every byte; with a model, every factor against its weights")
+    verify.set_defaults(run=verify_bases)
+    clear = basis.add_parser("clear", help="remove the files of a base model, or all")
+    clear.add_argument("model", nargs="?", metavar="MODEL", help="id or folder of the base model")
+    clear.set_defaults(run=clear_bases)
+    push = basis.add_parser("push", help="upload the basis of a base model")
+    push.set_defaults(run=push_basis)
+    pull = basis.add_parser("pull", help="download the basis of a base model and verify it")
+    pull.set_defaults(run=pull_basis)
+    for command in (build, verify, push, pull):
+        add_model_options(command, "?" if command is verify else None)
+    for command in (push, pull):
+        command.add_argument("repository", metavar="REPOSITORY", help="Hub id, user/name")
+    push.add_argument("--private", action="store_true", help="if the repository is made here")
+
+    convert = commands.add_parser("convert", help="write an adapter in another form")
+    convert.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
+    convert.add_argument("folder", metavar="FOLDER", help="where to write it")
+    convert.add_argument("--to", choices=FORMS, required=True)
+    convert.add_argument("--base", help="id or folder of the base model (default: what the adapter names)")
+    add_loading_options(convert)
+    convert.set_defaults(run=convert_folder)
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser, nargs: str | None) -> None:
+    """The options that say which basis is meant."""
+    parser.add_argument("model", nargs=nargs, metavar="MODEL", help="id or folder of the base model")
+    parser.add_argument("--r", type=int, default=2, help="rank (default: 2)")
+    parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="default: all-linear")
+    add_loading_options(parser)
+
+
+def add_loading_options(parser: argparse.ArgumentParser) -> None:
+    """The options that say in which form a base model is loaded."""
+    parser.add_argument("--load-in-4bit", action="store_true", help="quantize it with bitsandbytes")
+    parser.add_argument("--quant-type", choices=("nf4", "fp4"), default="nf4", help="of 4 bits (default: nf4)")
+    parser.add_argument("--load-in-8bit", action="store_true", help="quantize it with bitsandbytes")
+    parser.add_argument("--dtype", default="auto", help="of what is not quantized (default: that of the checkpoint)")
+
+
+def load_base(name: str, options: argparse.Namespace) -> nn.Module:
+    """The base model, on the GPU if there is one and it is quantized, else on the CPU."""
+    loading = {}
+    if options.load_in_4bit or options.load_in_8bit:
+        loading["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=options.load_in_4bit,
+            load_in_8bit=options.load_in_8bit,
+            bnb_4bit_quant_type=options.quant_type,
+        )
+        loading["device_map"] = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
+    return AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype, **loading)
+
+
+class BaseBasis:
+    """The base model that the options name, and its basis file.
+
+    Args:
+        options (`argparse.Namespace`): of [`add_model_options`].
+
+    Raises:
+        BasisError: if the cache is switched off.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        targets = options.target_modules[0] if len(options.target_modules) == 1 else options.target_modules
+        config = TinyLoraConfig(r=options.r, tie="none", target_modules=targets)
+        self.requests, source = requests_of(load_base(options.model, options), config)
+        self.where = {"base": source.base, "weights": source.form}
+        modules = [(request.key, request.shape, request.r) for request in self.requests]
+        self.name = basis_cache.file_name(source.form, canonical=True, modules=modules)
+        path = basis_cache.place(source.base, self.name)
+        if path is None:
+            raise BasisError("the basis cache is switched off: unset PEFT_TINYLORA_CACHE, or name a folder.")
+        self.path: Path = path
+
+    def build(self, repository: str | None = None) -> None:
+        """Compute what is not kept yet, and keep it."""
+        build_bases(self.requests, sigma="left", canonical=True, repository=repository, **self.where)
+
+
+def list_bases(options: argparse.Namespace) -> int:
+    """Prints a line for each file, the last used first, and their sum against the limit."""
+    entries = basis_cache.entries()
+    print(f"{'size':>9}  {'last used':<16}  {'modules':>7}  {'r':>3}  {'weights':<14}  base model")
+    for entry in entries:
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
+        about = {key: entry.metadata.get(key, "?") for key in ("modules", "r", "weights")}
+        base = entry.metadata.get("base", f"damaged: {entry.path}")
+        print(
+            f"{entry.size_bytes / 1e6:>6.1f} MB  {used:<16}  {about['modules']:>7}  {about['r']:>3}  "
+            f"{about['weights']:<14}  {base}"
+        )
+    total = sum(entry.size_bytes for entry in entries)
+    folder = basis_cache.cache_folder() or "nowhere: PEFT_TINYLORA_CACHE=off"
+    print(
+        f"{len(entries)} files, {total / 1e6:.1f} MB of at most {basis_cache.size_limit_bytes() / 1e6:.0f} MB, in {folder}"
+    )
+    return 0
+
+
+def build_basis(options: argparse.Namespace) -> int:
+    """Computes the basis of a base model, or finds it kept, and prints where."""
+    basis = BaseBasis(options)
+    started = time.perf_counter()
+    basis.build()
+    seconds, megabytes = time.perf_counter() - started, basis.path.stat().st_size / 1e6
+    print(f"{len(basis.requests)} modules in {seconds:.1f} s: {basis.path} ({megabytes:.1f} MB)")
+    return 0
+
+
+def verify_bases(options: argparse.Namespace) -> int:
+    """Checks every file, or the factors of one base model; prints what fails."""
+    if options.model is None:
+        damaged = [entry.path for entry in basis_cache.entries() if not entry.metadata]
+        for path in damaged:
+            print(f"damaged: {path}")
+        print(f"{len(basis_cache.entries())} files, {len(damaged)} damaged")
+        return int(bool(damaged))
+    basis = BaseBasis(options)
+    kept = basis_cache.read(basis.path)
+    if not kept:
+        raise BasisError(
+            f"no sound basis of {options.model} is kept in {basis.path}: run `peft-tinylora basis build`."
+        )
+    wrong = [q.key for q in basis.requests if verified(kept.get(q.key), q.read(), q) is None]
+    for key in wrong:
+        print(f"not of these weights: {key}")
+    print(f"{len(basis.requests)} modules, {len(wrong)} with another basis, in {basis.path}")
+    return int(bool(wrong))
+
+
+def clear_bases(options: argparse.Namespace) -> int:
+    """Removes files and names them."""
+    removed = basis_cache.clear(options.model)
+    for path in removed:
+        print(f"removed {path}")
+    print(f"{len(removed)} files removed")
+    return 0
+
+
+def push_basis(options: argparse.Namespace) -> int:
+    """Uploads the basis of a base model, which is built first if it is not kept."""
+    basis = BaseBasis(options)
+    basis.build()
+    url = basis_hub.push(basis.path, options.repository, private=options.private or None)
+    print(f"pushed {basis.path.name} ({basis.path.stat().st_size / 1e6:.1f} MB): {url}")
+    print(f"name it in an adapter's config: basis_repo={options.repository!r}")
+    return 0
+
+
+def pull_basis(options: argparse.Namespace) -> int:
+    """Downloads the basis of a base model into the cache, every factor checked against the weights."""
+    basis = BaseBasis(options)
+    if basis_hub.fetch(options.repository, basis.name) is None:
+        return 1
+    basis.build(options.repository)
+    print(f"{len(basis.requests)} modules verified: {basis.path}")
+    return 0
+
+
+def convert_folder(options: argparse.Namespace) -> int:
+    """Writes an adapter in another form and prints what it takes."""
+    name = options.base or PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
+    if name is None:
+        raise BasisError(f"{options.adapter} names no base model: say which with --base.")
+    convert_adapter(options.adapter, options.folder, options.to, load_base(name, options))
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        print(f"{(Path(options.folder) / file).stat().st_size:>10} bytes  {Path(options.folder) / file}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
