@@ -1,7 +1,8 @@
 """TinyLoRA for the Hugging Face ecosystem: a fine-tune in 13 numbers.
 
 Importing this package puts its tuner behind PEFT's TINYLORA; see register.py. Read the files in the order of the
-data's way: weight -> basis -> projection, tying -> vector -> delta -> layer -> model -> checkpoint.
+data's way: weight, gather, original -> triplets, basis -> basis_cache, build -> projection, tying -> vector -> delta ->
+layer -> model -> fingerprint, compact, checkpoint.
 
 Method: "Learning to Reason in 13 Parameters", https://huggingface.co/papers/2602.04118
 """
@@ -9,6 +10,7 @@ Method: "Learning to Reason in 13 Parameters", https://huggingface.co/papers/260
 __version__ = "0.1.0"
 
 from .config import TinyLoraConfig
+from .convert import convert_adapter
 from .errors import (
     AdapterFileError,
     BasisError,
@@ -37,6 +39,7 @@ __all__ = [
     "TinyLoraModel",
     "TyingError",
     "UnsupportedModuleError",
+    "convert_adapter",
     "plan",
     "register",
     "unregister",

@@ -118,6 +118,40 @@ def test_stock_peft_loads_what_this_package_saves_with_peft_fields_only(tiny_lla
     assert not (tmp_path / "tied" / "stock_logits.pt").exists()
 
 
+PORTABLE = {
+    "tiled": {"u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"},
+    "structured, split": {"u": 3, "tie": "structured", "n_tie": 2, "sigma": "split", "target_modules": "all-linear"},
+    "mapping": {"u": 2, "tie": {"a": ".*attn.*", "b": ".*mlp.*"}, "target_modules": "all-linear"},
+    "excluded": {"u": 1, "tie": "full", "target_modules": "all-linear", "exclude_modules": ["k_proj", "layers.1.mlp.up_proj"]},
+    "embedding": {"u": 2, "tie": "none", "target_modules": ["embed_tokens", "q_proj"]},
+    "layers": {"u": 1, "tie": "full", "target_modules": LINEAR, "layers_to_transform": [0, 2]},
+}  # fmt: skip
+
+
+def test_stock_peft_loads_the_portable_form_with_the_same_logits_and_refuses_the_compact_one(
+    tiny_llama, tokens, tmp_path
+) -> None:
+    models = {}
+    for name, fields in PORTABLE.items():
+        models[name] = get_peft_model(tiny_llama(), TinyLoraConfig(**fields, save_basis=True))
+        fill_vectors(models[name], 0.4)
+        models[name].save_pretrained(tmp_path / name)
+        get_peft_model(tiny_llama(), TinyLoraConfig(**fields)).save_pretrained(tmp_path / f"{name}, compact")
+    plain = TinyLoraConfig(r=2, u=13, weight_tying=1.0, target_modules="all-linear", save_basis=False)
+    get_peft_model(tiny_llama(), plain).save_pretrained(tmp_path / "PEFT's fields, compact")
+    folders = sorted(path for path in tmp_path.iterdir())
+    printed = run_python_process(LOAD, *folders)
+    assert printed.count("`weight_tying` should be a float between 0.0 and 1.0") == len(PORTABLE) + 1
+    for name, model in models.items():
+        logits = torch.load(tmp_path / name / "stock_logits.pt")
+        assert effect(logits, tokens, tiny_llama()) > 0.01
+        torch.testing.assert_close(logits, model(tokens).logits, rtol=1e-5, atol=2e-6)
+        assert torch.equal(
+            PeftModel.from_pretrained(tiny_llama(), tmp_path / name)(tokens).logits, model(tokens).logits
+        )
+    assert not any((folder / "stock_logits.pt").exists() for folder in folders if "compact" in folder.name)
+
+
 def test_stock_adapter_of_another_base_warns(tiny_llama, stock_adapters) -> None:
     with pytest.warns(UserWarning, match=r"basis is not that of this base model: module 'model\.layers\.0"):
         PeftModel.from_pretrained(tiny_llama(seed=1), stock_adapters["one v"])
