@@ -5,7 +5,7 @@
 #                   Linux machine without an NVIDIA GPU takes the CPU build from PyTorch's own index, so as not to
 #                   download gigabytes of CUDA packages; any other machine, or one that cannot reach that index, takes
 #                   what pip's own configuration offers.
-# ARGS              more arguments for pytest in `make test`, `test-peft` and `test-backends`, or for `make benchmark`
+# ARGS              more arguments for pytest in `make test`, `test-peft`, `test-backends` and `test-zero3`, or for `make benchmark`
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
@@ -14,13 +14,14 @@ ARGS ?=
 CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 VENV := .venv
 BACKENDS_VENV := .venv-backends
+ZERO3_VENV := .venv-zero3
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 # Taken before anything is installed: the demo's total_seconds starts here.
 export TINYLORA_DEMO_START := $(shell date +%s)
 
-.PHONY: setup demo demo-4bit test test-peft test-backends benchmark quality style clean
+.PHONY: setup demo demo-4bit test test-peft test-backends test-zero3 benchmark benchmark-basis quality style clean
 
 setup: $(STAMP)
 	@echo "setup: $(VENV) is up to date"
@@ -78,9 +79,28 @@ $(BACKENDS_VENV)/.installed: $(STAMP)
 test-backends: $(BACKENDS_VENV)/.installed
 	@$(BACKENDS_VENV)/bin/python -m pytest tests/contract/test_backends.py tests/test_weight.py $(ARGS)
 
+# DeepSpeed has an environment of its own too: on a CPU it must be built without its operators.
+$(ZERO3_VENV)/.installed: $(STAMP)
+	@test -x $(ZERO3_VENV)/bin/python || $(PYTHON) -m venv $(ZERO3_VENV)
+	@$(VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' \
+	    > "$$($(ZERO3_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
+	@echo "test-zero3: installing deepspeed"
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ZERO3_VENV)/bin/python -m pip --disable-pip-version-check install -qq \
+	    setuptools wheel einops hjson msgpack ninja py-cpuinfo
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ZERO3_VENV)/bin/python -m pip --disable-pip-version-check install -qq \
+	    --no-build-isolation --no-deps -e . deepspeed==0.19.8
+	@touch $@
+
+test-zero3: $(ZERO3_VENV)/.installed
+	@$(ZERO3_VENV)/bin/python -m pytest tests/test_gather.py -k zero3 $(ARGS)
+
 # GRPO and SFT, 4-bit and 16-bit, TinyLoRA and LoRA side by side: peak memory and step time.
 benchmark: setup
 	@$(VENV)/bin/python -m benchmarks.training $(ARGS)
+
+# Factors, files, creating and loading, beside stock PEFT.
+benchmark-basis: setup
+	@$(VENV)/bin/python -m benchmarks.basis $(ARGS)
 
 quality: setup
 	@echo "quality: ruff"
@@ -92,4 +112,4 @@ style: setup
 	@$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(BACKENDS_VENV) build dist outputs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(BACKENDS_VENV) $(ZERO3_VENV) build dist outputs .pytest_cache .ruff_cache *.egg-info

@@ -176,17 +176,17 @@ def basis_target(large: Sequence[Decomposition]) -> str:
     )
 
 
-def measure_adapters(folder: Path) -> dict[tuple[str, str, str], list[dict]]:
+def measure_adapters(folder: Path, rounds: int) -> dict[tuple[str, str, str], list[dict]]:
     """Every row once, then every row again, and so on; stock in the first rounds only."""
     results: dict[tuple[str, str, str], list[dict]] = {row: [] for row in ROWS}
-    for count in range(ROUNDS):
+    for count in range(rounds):
         for row in ROWS:
             task, project, cache = row
             if project == "stock" and count >= STOCK_ROUNDS:
                 continue
             # The round's cold creation fills the cache that is warm afterwards; cold loading has one of its own.
             cache_folder = folder / f"cache-{count}{'-of-loading' * (row == ('load', 'ours', 'cold'))}"
-            progress(f"round {count + 1}/{ROUNDS}: {task}, {project} {cache}")
+            progress(f"round {count + 1}/{rounds}: {task}, {project} {cache}")
             cell = Cell(project, task, str(folder / "model"), str(folder / "adapter" / project))
             results[row].append(run_cell(cell, cache_folder))
     return results
@@ -223,13 +223,13 @@ def memory_table(results: dict[tuple[str, str, str], list[dict]], largest_bytes:
     return markdown(lines)
 
 
-def describe(argv: Sequence[str], others_seconds: float, largest_bytes: int) -> str:
+def describe(argv: Sequence[str], quick: bool, others_seconds: float, largest_bytes: int) -> str:
     """What was measured, where, when and how, as Markdown."""
     seconds = time.perf_counter() - STARTED
     others = others_seconds / (seconds * (os.cpu_count() or 1))
     return "\n".join(
         [
-            "# Frozen factors side by side with stock PEFT",
+            "# Frozen factors side by side with stock PEFT" + ", too small and too short to mean anything" * quick,
             "",
             f"- command: `{shlex.join(['python', '-m', 'benchmarks.basis', *argv])}`, {seconds:.0f} s",
             f"- machine: {processor_name()}, {torch.get_num_threads()} thread(s), of which other programs took "
@@ -245,7 +245,8 @@ def describe(argv: Sequence[str], others_seconds: float, largest_bytes: int) -> 
             "matrix); certificate: ours, a bound for each vector, known without them",
             "- adapter: 13 numbers (ours: u=1, tie='tiled'; stock: u=13, weight_tying=1.0), all linear layers of a random "
             "model of Qwen2.5-0.5B's shape in bfloat16, 1024 tokens, three spikes a weight; the base is loaded before",
-            f"- every row in a process of its own, {ROUNDS} rounds, stock in {STOCK_ROUNDS} of them",
+            f"- every row in a process of its own, {1 if quick else ROUNDS} round(s), interleaved; stock in the first "
+            f"{1 if quick else STOCK_ROUNDS}",
             f"- memory: the kernel's high-water mark of the process above what it had with the base loaded; 1 MB = 1e6 "
             f"bytes; the largest weight takes {largest_bytes / 1e6:.1f} MB in fp32",
             f"- 7B files: of a model of {SEVEN_B}'s shape on the meta device; the factors are placeholders (ours random, "
@@ -267,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = Path(name)
         progress("making the base model")
         largest_bytes = save_base(folder / "model", options.quick)
-        results = measure_adapters(folder)
+        results = measure_adapters(folder, 1 if options.quick else ROUNDS)
         small = results["create", "stock", ""][0]["files"] | results["create", "ours", "cold"][0]["files"]
         large: dict[str, dict[str, int]] = {}
         for project in ("stock", "ours"):
@@ -279,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Files": files_table(small, large),
         "Memory while building": memory_table(results, largest_bytes),
     }
-    text = describe(argv, seconds_of_others() - others_before, largest_bytes)
+    text = describe(argv, options.quick, seconds_of_others() - others_before, largest_bytes)
     text += "".join(f"\n\n## {title}\n\n{section}" for title, section in sections.items()) + "\n"
     print(text)
     if options.output is not None:

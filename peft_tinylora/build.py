@@ -64,6 +64,8 @@ def build_bases(
     Raises:
         BasisError: names the module.
     """
+    if not requests:
+        return {}
     name = basis_cache.file_name(weights, canonical, ((q.key, q.shape, q.r) for q in requests))
     path = basis_cache.place(base, name)
     kept = {} if path is None else basis_cache.read(path)

@@ -148,12 +148,11 @@ def tensors_to_load(
     for name, basis in bases.items():
         by_name[name].set_basis(adapter_name, basis)
     for layer in carried.values():
-        weight = layer.stored_tensor()
         layer.basis_angles[adapter_name] = None
         for factors in (layer.tinylora_A, layer.tinylora_B):
-            if factors[adapter_name].is_meta and not weight.is_meta:
-                factors[adapter_name] = torch.empty_like(factors[adapter_name], device=weight.device)
-    device = next(iter(layers.values())).stored_tensor().device
+            if factors[adapter_name].is_meta and layer.has_weight():
+                factors[adapter_name] = torch.empty_like(factors[adapter_name], device=layer.device())
+    device = next(iter(layers.values())).device()
     tensors = dict(others)
     for name, (key, slot) in slots.items():
         tensors[key] = found[name].to(device if slot.is_meta else slot.device, slot.dtype)
@@ -363,7 +362,7 @@ def _some(names: list[str]) -> str:
 def _check_basis(layers: dict[str, TinyLoraLayer], found: dict[str, torch.Tensor], config: PeftConfig) -> None:
     """One product with each weight: are the factors singular factors of it?"""
     for name, layer in layers.items():
-        if layer.stored_tensor().is_meta:
+        if not layer.has_weight():
             continue
         module = _name_in_base_model(name)
         error = residual(layer.unmerged_matrix(), found[f"{module}.tinylora_A"], found[f"{module}.tinylora_B"])

@@ -54,6 +54,11 @@ def is_offloaded(layer: nn.Module) -> bool:
     return hasattr(layer, "_hf_hook") and any(parameter.is_meta for parameter in layer.parameters(recurse=False))
 
 
+def device_of(layer: nn.Module, stored: torch.Tensor) -> torch.device:
+    """Where `layer` computes: the device of its stored tensor, or the one that accelerate brings that to."""
+    return torch.device(layer._hf_hook.execution_device) if is_offloaded(layer) else stored.device
+
+
 def stored_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of a parameter where it is whole."""
     return parameter.ds_shape if is_zero3(parameter) else parameter.shape

@@ -24,7 +24,7 @@ from torch import nn
 
 from . import delta
 from .basis import Basis
-from .gather import is_offloaded
+from .gather import device_of, is_offloaded
 from .merging import KeptBase, Mergeable
 from .survival import Survival
 from .weight import dense_matrix, matrix_shape, stored_tensor, to_stored, working_dtype
@@ -113,7 +113,8 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         self.tinylora_B[adapter_name] = B
         self.basis_angles[adapter_name] = None if basis is None else basis.angle
         # On the CPU while the weight is on the meta device, where its numbers would be lost.
-        self.tinylora_P[adapter_name] = projection.to("cpu" if weight.is_meta else weight.device, dtype)
+        device = self.device()
+        self.tinylora_P[adapter_name] = projection.to("cpu" if device.type == "meta" else device, dtype)
         self.tinylora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
         self.r[adapter_name] = r
         self.u[adapter_name] = projection.shape[-3]
@@ -148,6 +149,10 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         angle = self.basis_angles[adapter_name]
         A, B = self.tinylora_A[adapter_name], self.tinylora_B[adapter_name]
         return Basis(A, B) if angle is None else Basis(A, B, angle)
+
+    def device(self) -> torch.device:
+        """Where this layer computes."""
+        return device_of(self.get_base_layer(), self.stored_tensor())
 
     def has_weight(self) -> bool:
         """Whether there is a weight to take a basis from, here or where accelerate offloaded it."""
@@ -235,9 +240,9 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would cast the shared v, and the factors, to the dtype of the base layer.
-        device = self.stored_tensor().device if device is None else device
+        device = self.device() if device is None else device
         if device.type == "meta":
-            return  # of an offloaded weight; the factors stay where they were computed
+            return  # the factors stay where they were computed
         for buffers in (self.tinylora_A, self.tinylora_B, self.tinylora_P):
             if adapter_name in buffers and not buffers[adapter_name].is_meta:
                 buffers[adapter_name] = buffers[adapter_name].to(device)

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from support import fill_vectors, run_python_process
 
-from peft_tinylora import TinyLoraConfig
+from peft_tinylora import TinyLoraConfig, TinyLoraLayer
 
 
 TILED = {"u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
@@ -54,6 +54,22 @@ TWO_PROCESSES = """
     model(input_ids=tokens, labels=tokens).loss.backward()
     printed["fsdp2"] = [g.full_tensor().tolist() for g in gradients(model)]
 
+    # A basis of weights of which each process has a piece. Rank 1 has a cache, rank 0 has none: both must gather alike.
+    from peft_tinylora import TinyLoraLayer
+    os.environ["PEFT_TINYLORA_CACHE"] = os.environ["PEFT_TINYLORA_CACHE"] if rank else "off"
+    if rank:
+        base = make_tiny_llama()
+        base.name_or_path = "tiny"
+        get_peft_model(base, TinyLoraConfig(**literal_eval(sys.argv[1])))
+    base = make_tiny_llama()
+    base.name_or_path = "tiny"
+    for layer in base.model.layers:
+        fully_shard(layer)
+    fully_shard(base)
+    model = get_peft_model(base, TinyLoraConfig(**literal_eval(sys.argv[1])))
+    factors = [(m.tinylora_A["default"], m.tinylora_B["default"]) for m in model.modules() if isinstance(m, TinyLoraLayer)]
+    printed["sharded base"] = [[t.tolist() for t in pair] for pair in factors]
+
     if rank == 0:
         print(json.dumps(printed))
         assert child.wait() == 0
@@ -62,7 +78,8 @@ TWO_PROCESSES = """
 
 
 @pytest.fixture(scope="module")
-def by_two_processes() -> dict[str, torch.Tensor]:
+def by_two_processes(tmp_path_factory) -> dict[str, list]:
+    """What two processes computed, by name."""
     import os
     import socket
     import textwrap
@@ -70,12 +87,13 @@ def by_two_processes() -> dict[str, torch.Tensor]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    os.environ["PEFT_TINYLORA_CACHE"] = str(tmp_path_factory.mktemp("basis"))
     os.environ["SCRIPT"] = textwrap.dedent(TWO_PROCESSES)
     try:
         printed = json.loads(run_python_process(TWO_PROCESSES, TILED, port).splitlines()[-1])
     finally:
-        del os.environ["SCRIPT"]
-    return {name: torch.tensor(gradient) for name, gradient in printed.items()}
+        del os.environ["SCRIPT"], os.environ["PEFT_TINYLORA_CACHE"]
+    return printed
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
@@ -86,4 +104,13 @@ def test_gradient_of_two_processes_is_that_of_one(tiny_llama, by_two_processes, 
     model(input_ids=tokens, labels=tokens).loss.backward()
     expected = torch.stack([v.grad for v in model.tinylora_v["default"].values()])
     assert expected.abs().min() > 1e-6
-    torch.testing.assert_close(by_two_processes[way], expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(torch.tensor(by_two_processes[way]), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_basis_of_a_sharded_base_is_that_of_a_whole_one(tiny_llama, by_two_processes) -> None:
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
+    layers = [module for module in model.modules() if isinstance(module, TinyLoraLayer)]
+    assert len(by_two_processes["sharded base"]) == len(layers) == 28
+    for layer, (A, B) in zip(layers, by_two_processes["sharded base"], strict=True):
+        torch.testing.assert_close(torch.tensor(A), layer.tinylora_A["default"], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(torch.tensor(B), layer.tinylora_B["default"], rtol=1e-5, atol=1e-6)

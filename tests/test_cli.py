@@ -1,0 +1,88 @@
+"""The command line: what it prints, and its exit status."""
+
+import pytest
+from peft import get_peft_model
+from support import fill_vectors, make_tiny_llama
+from transformers import LlamaForCausalLM
+
+from peft_tinylora import TinyLoraConfig, basis_cache
+from peft_tinylora.cli import main
+
+
+@pytest.fixture
+def base(tmp_path) -> str:
+    """Folder of a base model."""
+    make_tiny_llama().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+def test_build_list_verify_clear(base, capsys) -> None:
+    assert main(["basis", "verify", base]) == 1
+    assert "no sound basis of" in capsys.readouterr().err
+    assert main(["basis", "build", base]) == 0
+    assert "28 modules in" in capsys.readouterr().out
+    assert main(["basis", "build", base, "--r", "1", "--target-modules", "q_proj", "v_proj"]) == 0
+    assert "8 modules in" in capsys.readouterr().out
+    assert main(["basis", "list"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(base) == 2 and "2 files" in printed and "of at most 2000 MB" in printed
+    assert main(["basis", "verify"]) == 0
+    assert "2 files, 0 damaged" in capsys.readouterr().out
+    assert main(["basis", "verify", base]) == 0
+    assert "28 modules, 0 with another basis" in capsys.readouterr().out
+    assert main(["basis", "clear", base]) == 0
+    assert "2 files removed" in capsys.readouterr().out
+    assert basis_cache.entries() == []
+
+
+def test_what_the_command_builds_is_what_an_adapter_finds(base, monkeypatch) -> None:
+    from peft_tinylora import build
+
+    assert main(["basis", "build", base]) == 0
+    monkeypatch.setattr(build, "compute_basis", lambda *_: pytest.fail("a basis was computed"))
+    config = TinyLoraConfig(tie="tiled", n_tie=4, target_modules="all-linear")
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+
+
+def test_damage_and_other_weights_are_found(base, capsys) -> None:
+    assert main(["basis", "build", base]) == 0
+    changed = make_tiny_llama()
+    changed.model.layers[1].mlp.up_proj.weight.data += 0.01
+    changed.save_pretrained(base)
+    assert main(["basis", "verify", base]) == 1
+    assert "not of these weights: model.layers.1.mlp.up_proj" in capsys.readouterr().out
+    [entry] = basis_cache.entries()
+    entry.path.write_bytes(entry.path.read_bytes()[:-1])
+    assert main(["basis", "verify"]) == 1
+    assert f"damaged: {entry.path}" in capsys.readouterr().out
+    assert main(["basis", "list"]) == 0
+    assert f"damaged: {entry.path}" in capsys.readouterr().out
+
+
+def test_convert(base, tmp_path, capsys) -> None:
+    config = TinyLoraConfig(u=1, tie="tiled", n_tie=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    fill_vectors(model, 0.5)
+    model.save_pretrained(tmp_path / "adapter")
+    assert main(["convert", str(tmp_path / "adapter"), str(tmp_path / "portable"), "--to", "portable"]) == 0
+    assert "bytes" in capsys.readouterr().out
+    assert main(["convert", str(tmp_path / "portable"), str(tmp_path / "again"), "--to", "compact"]) == 0
+    first, second = (tmp_path / name / "adapter_model.safetensors" for name in ("adapter", "again"))
+    assert first.read_bytes() == second.read_bytes()
+    assert main(["convert", str(tmp_path / "adapter"), str(tmp_path / "again"), "--to", "portable"]) == 1
+    assert "holds an adapter already" in capsys.readouterr().err
+
+
+def test_errors_are_one_line(base, monkeypatch, capsys, tmp_path) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PEFT_TINYLORA_CACHE", "off")
+    for arguments in (
+        ["basis", "build", base],
+        ["basis", "build", str(tmp_path / "empty")],
+        ["basis", "build", base, "--r", "99"],
+    ):
+        assert main(arguments) == 1
+        error = capsys.readouterr().err.strip().splitlines()[-1]
+        assert error.startswith("error: ") and len(error) > 20
+    with pytest.raises(SystemExit):
+        main(["basis"])
