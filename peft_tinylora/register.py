@@ -14,6 +14,7 @@ from typing import Any
 
 import peft
 import torch
+from huggingface_hub import hf_hub_download
 from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from torch import nn
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .checkpoint import check_loaded, unpack_file
 from .config import TinyLoraConfig
-from .errors import ConfigError
+from .errors import ConfigError, TinyLoraError
 from .layer import TinyLoraLayer
 from .model import TinyLoraModel
 
@@ -107,13 +108,23 @@ def _unpack_file(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
 
     The factors of a compact file are taken from the base model afterwards, by `check_loaded`.
     """
-    folder, config = arguments.get("peft_model_id"), arguments.get("peft_config")
-    tensors = arguments.get("adapter_state_dict")
-    load_config = arguments.get("load_config")
-    options = {} if load_config is None else dict(load_config.download_kwargs)
+    load_config, more = arguments.get("load_config"), arguments.get("kwargs", {})
+    folder, options = arguments.get("peft_model_id"), dict(more.get("download_kwargs", {}))
+    if load_config is not None:
+        folder = folder or load_config.pretrained_model_name_or_path
+        options |= load_config.download_kwargs
     options |= arguments.get("adapter_kwargs") or {}
+    options["local_files_only"] = arguments.get("local_files_only", False) or options.get("local_files_only", False)
+    known = inspect.signature(hf_hub_download).parameters
+    options = {name: value for name, value in options.items() if name in known and value is not None}
+    config, tensors = arguments.get("peft_config"), arguments.get("adapter_state_dict")
     if config is None and folder is not None:
-        config = peft.PeftConfig.from_pretrained(folder, **options)
+        try:
+            config = peft.PeftConfig.from_pretrained(folder, **options)
+        except TinyLoraError:
+            raise
+        except (OSError, ValueError):
+            return  # transformers says what is wrong with an adapter of any kind
     if not isinstance(config, TinyLoraConfig) or not config.uses_paper_conventions:
         return
     arguments["peft_config"] = config
