@@ -26,6 +26,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.basis_cell import RANK, STD, Cell, run_cell, save_base, seconds_of_others, trained_like
+from benchmarks.peak import PeakMemory
 from benchmarks.training import median_and_range, processor_name
 from peft_tinylora.basis import Basis, compute_basis
 
@@ -62,6 +63,7 @@ class Decomposition(NamedTuple):
     stock_angle: float
     ours_angle: float
     certificate: float
+    peak_weights: float  # bytes of tensors that ours made beside W at most, in those of W
 
     def ratios(self) -> list[float]:
         """How many times faster ours was, for each repeat."""
@@ -107,7 +109,11 @@ def decompose(W: torch.Tensor, with_stock: bool) -> Decomposition:
             ours_seconds.append(seconds)
     assert isinstance(basis, Basis)
     ours_angle = largest_sine((basis.B, basis.A.T), exact)
-    return Decomposition(stock_seconds, ours_seconds, stock_angle, ours_angle, basis.angle)
+    del exact
+    with PeakMemory() as memory:
+        compute_basis(W, RANK, "left")
+    peak_weights = (memory.peak_bytes - memory.start_bytes) / (W.numel() * W.element_size())
+    return Decomposition(stock_seconds, ours_seconds, stock_angle, ours_angle, basis.angle, peak_weights)
 
 
 def exact_vectors(W: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,13 +153,23 @@ def basis_tables(quick: bool) -> str:
             is_spiked = spectrum == SPECTRA[0]
             W = trained_like(*shape, generator) if is_spiked else STD * torch.randn(shape, generator=generator)
             measured[shape, spectrum] = decompose(W, with_stock=is_spiked or shape != large[-1])
-    head = ["out x in", "spectrum", "stock, s", "ours, s", "ratio", "angle, ours", "certificate", "angle, stock"]
+    head = [
+        "out x in",
+        "spectrum",
+        "stock, s",
+        "ours, s",
+        "ratio",
+        "angle, ours",
+        "certificate",
+        "angle, stock",
+        "peak, W",
+    ]
     rows = [[f"{m}x{n}", spectrum, *basis_cells(found)] for ((m, n), spectrum), found in measured.items()]
     return f"{markdown([head, *rows])}\n\n{basis_target([measured[shape, SPECTRA[0]] for shape in large])}"
 
 
 def basis_cells(found: Decomposition) -> list[str]:
-    """Stock, ours, ratio, angles of a row."""
+    """Stock, ours, ratio, angles and peak of a row."""
     was_measured = bool(found.stock_seconds)
     return [
         median_and_range(found.stock_seconds, ".3g") if was_measured else "not measured, for time",
@@ -162,6 +178,7 @@ def basis_cells(found: Decomposition) -> list[str]:
         f"{found.ours_angle:.1e}",
         f"{found.certificate:.1e}",
         f"{found.stock_angle:.1e}" if was_measured else "",
+        f"{found.peak_weights:.2f}",
     ]
 
 
@@ -242,7 +259,7 @@ def describe(argv: Sequence[str], quick: bool, others_seconds: float, largest_by
             f"{REPEATS} times each; once where it took over {STOCK_ONCE_BEYOND:g} s (ours: {OURS_ONCE_BEYOND:g} s)",
             "- trained-like: N(0, 0.02^2) plus 8 spikes of 4 to 1.2 times its largest singular value; angle: sine of the "
             "largest principal angle, U and V, to exact vectors in float64 (SVD; above 10M elements from the Gram "
-            "matrix); certificate: ours, a bound for each vector, known without them",
+            "matrix); certificate: ours, a bound for each vector, known without them; peak: tensors of ours beside W at most, in bytes of W",
             "- adapter: 13 numbers (ours: u=1, tie='tiled'; stock: u=13, weight_tying=1.0), all linear layers of a random "
             "model of Qwen2.5-0.5B's shape in bfloat16, 1024 tokens, three spikes a weight; the base is loaded before",
             f"- every row in a process of its own, {1 if quick else ROUNDS} round(s), interleaved; stock in the first "

@@ -151,8 +151,8 @@ def tensors_to_load(
         layer.basis_angles[adapter_name] = None
         for factors in (layer.tinylora_A, layer.tinylora_B):
             if factors[adapter_name].is_meta and layer.has_weight():
-                factors[adapter_name] = torch.empty_like(factors[adapter_name], device=layer.device())
-    device = next(iter(layers.values())).device()
+                factors[adapter_name] = torch.empty_like(factors[adapter_name], device=layer.compute_device())
+    device = next(iter(layers.values())).compute_device()
     tensors = dict(others)
     for name, (key, slot) in slots.items():
         tensors[key] = found[name].to(device if slot.is_meta else slot.device, slot.dtype)

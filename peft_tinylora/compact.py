@@ -31,6 +31,7 @@ VECTORS = "tinylora_v"  # the one tensor, without PEFT's prefix
 SKETCH_TOLERANCE = 0.02
 # Relative difference of factors from those of the base up to which they are left out of the file.
 SAME_FACTORS = 1e-3
+ANOTHER_BASIS = "The adapter was trained with another basis than that of this base model"
 
 
 def pack(
@@ -167,6 +168,14 @@ def rebuild_bases(
         basis = built.get(layer.weight_names[adapter_name])
         if basis is not None:
             bases[name] = checks[name](basis, layer.tinylora_P[adapter_name])
+    if config.basis == "unchecked":
+        saved_by_name = dict(zip(layers, sketches, strict=True))
+        _warn_of_another(
+            {
+                name: fingerprint.distances(basis, layers[name].tinylora_P[adapter_name], saved_by_name[name])[0]
+                for name, basis in bases.items()
+            }
+        )
     return bases
 
 
@@ -181,20 +190,26 @@ def _checked(
             f"The projection of module {name!r} is not the one that the adapter was trained with: projection_seed="
             f"{config.projection_seed}, r or u was edited in adapter_config.json. Nothing was loaded."
         )
-    if of_factors <= SKETCH_TOLERANCE:
-        return basis
-    message = (
-        f"The adapter was trained with another basis than that of this base model: module {name!r} differs by "
-        f"{of_factors:.2g}, allowed is {SKETCH_TOLERANCE:g}."
-    )
-    if config.basis == "unchecked":
-        warnings.warn(f"{message} Its update is another one here.", stacklevel=2)
+    if of_factors <= SKETCH_TOLERANCE or config.basis == "unchecked":
         return basis
     trained_on = f"It was trained on {config.base_model_name_or_path or 'a model without a name'}"
     raise BasisMismatchError(
-        f"{message} {trained_on} ({_saved(config)['weights']} weights; here {weights}): load that, in the dtype it was "
-        "trained in, or set basis='unchecked' in its config to use the basis at hand all the same. Nothing was loaded."
+        f"{ANOTHER_BASIS}: module {name!r} differs by {of_factors:.2g}, allowed is {SKETCH_TOLERANCE:g}. {trained_on} "
+        f"({_saved(config)['weights']} weights; here {weights}): load that, in the dtype it was trained in, or set "
+        "basis='unchecked' in its config to use the basis at hand all the same. Nothing was loaded."
     )
+
+
+def _warn_of_another(distances: Mapping[str, float]) -> None:
+    """One warning for all modules whose basis is another one than that of training, where the user took it unchecked."""
+    others = {name: distance for name, distance in distances.items() if not distance <= SKETCH_TOLERANCE}
+    if others:
+        worst = max(others, key=others.get)
+        warnings.warn(
+            f"{ANOTHER_BASIS}: {len(others)} of {len(distances)} modules differ, most of all {worst!r} by "
+            f"{others[worst]:.2g}. The update is another one here.",
+            stacklevel=2,
+        )
 
 
 def _fits(basis: Basis, P: torch.Tensor, saved: torch.Tensor) -> bool:

@@ -113,7 +113,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         self.tinylora_B[adapter_name] = B
         self.basis_angles[adapter_name] = None if basis is None else basis.angle
         # On the CPU while the weight is on the meta device, where its numbers would be lost.
-        device = self.device()
+        device = self.compute_device()
         self.tinylora_P[adapter_name] = projection.to("cpu" if device.type == "meta" else device, dtype)
         self.tinylora_dropout[adapter_name] = nn.Dropout(dropout) if dropout > 0.0 else nn.Identity()
         self.r[adapter_name] = r
@@ -150,7 +150,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         A, B = self.tinylora_A[adapter_name], self.tinylora_B[adapter_name]
         return Basis(A, B) if angle is None else Basis(A, B, angle)
 
-    def device(self) -> torch.device:
+    def compute_device(self) -> torch.device:
         """Where this layer computes."""
         return device_of(self.get_base_layer(), self.stored_tensor())
 
@@ -240,7 +240,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own would cast the shared v, and the factors, to the dtype of the base layer.
-        device = self.device() if device is None else device
+        device = self.compute_device() if device is None else device
         if device.type == "meta":
             return  # the factors stay where they were computed
         for buffers in (self.tinylora_A, self.tinylora_B, self.tinylora_P):

@@ -175,7 +175,7 @@ class TinyLoraModel(BaseTuner):
             if group not in vectors:
                 stored = layer.stored_tensor()
                 v = new_vector(config.u, config.init_weights, config.init_v_bound, working_dtype(stored.dtype))
-                vectors[group] = v.to(layer.device())
+                vectors[group] = v.to(layer.compute_device())
         layer.update_layer(
             adapter_name,
             weight_name=current_key,

@@ -35,7 +35,7 @@ FP32_FLOOR = 6e-7
 # Relative to the largest value. Below it the vectors turn by a hundredth with the rounding of the weight itself to fp32,
 # as between two devices that dequantize it.
 LEAST_GAP = 3e-6
-CHUNK_ELEMENTS = 1 << 20  # of W are converted to fp64 at once
+CHUNK_ELEMENTS = 1 << 18  # of W are converted to fp64 at once
 
 
 class Triplets(NamedTuple):

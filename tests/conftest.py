@@ -1,6 +1,6 @@
 """Fixtures of every test file."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,9 +9,17 @@ from support import make_tiny_llama
 from transformers import LlamaForCausalLM
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _not_the_users_cache(tmp_path_factory) -> Iterator[None]:
+    """A basis cache for what fixtures of modules make, in place of the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_TINYLORA_CACHE", str(tmp_path_factory.mktemp("basis")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def basis_cache_folder(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A basis cache for each test, in place of the user's."""
+    """A basis cache of its own for each test."""
     folder = tmp_path_factory.mktemp("basis")
     monkeypatch.setenv("PEFT_TINYLORA_CACHE", str(folder))
     return folder

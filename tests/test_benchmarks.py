@@ -147,3 +147,18 @@ def test_a_cell_survives_json():
     cell = Cell("4-bit", "TinyLoRA", **training.WORKLOADS["gpu"])
     assert Cell(**json.loads(json.dumps(vars(cell)))) == cell
     assert cell.model in MODELS
+
+
+@pytest.mark.slow
+def test_basis_command_prints_its_four_tables():
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.basis", "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    for title in ("Basis of one weight", "Creating and loading an adapter", "Files", "Memory while building"):
+        assert f"## {title}" in done.stdout
+    assert re.search(r"\| 0\.5B \| compact, bfloat16 \| 146 \|", done.stdout)
+    assert "target at least 40x" in done.stdout and "target at least 30x" in done.stdout
