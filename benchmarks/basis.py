@@ -36,8 +36,7 @@ LARGE = ((3584, 3584), (3584, 18944))  # Qwen2.5-7B
 QUICK_SMALL, QUICK_LARGE = ((64, 64), (32, 128)), ((320, 320), (320, 640))
 SPECTRA = ("trained-like", "Gaussian")
 REPEATS = 5
-STOCK_ONCE_BEYOND = 2.0  # seconds; a method that takes longer is measured once
-OURS_ONCE_BEYOND = 10.0
+STOCK_ONCE_BEYOND, OURS_ONCE_BEYOND = 2.0, 5.0  # seconds; what takes longer is measured once
 SVD_ELEMENTS = 10_000_000  # a larger matrix gets its exact vectors from its Gram matrix
 ROUNDS = 3
 STOCK_ROUNDS = 2  # of those; a minute each for creating and for loading
@@ -45,7 +44,8 @@ TARGET_BASIS, TARGET_ANGLE, TARGET_LOAD = 40, 1e-3, 30
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "peft-tinylora")
 SEVEN_B = "Qwen/Qwen2.5-7B-Instruct"
 # task, project, which cache: a fresh one for each run, or that of the round's first creation
-ROWS = (
+Row = tuple[str, str, str]
+ROWS: tuple[Row, ...] = (
     ("create", "stock", ""),
     ("create", "ours", "cold"),
     ("create", "ours", "warm"),
@@ -64,10 +64,6 @@ class Decomposition(NamedTuple):
     ours_angle: float
     certificate: float
     peak_weights: float  # bytes of tensors that ours made beside W at most, in those of W
-
-    def ratios(self) -> list[float]:
-        """How many times faster ours was, for each repeat."""
-        return ratios(self.stock_seconds, self.ours_seconds)
 
 
 def progress(text: str) -> None:
@@ -153,17 +149,7 @@ def basis_tables(quick: bool) -> str:
             is_spiked = spectrum == SPECTRA[0]
             W = trained_like(*shape, generator) if is_spiked else STD * torch.randn(shape, generator=generator)
             measured[shape, spectrum] = decompose(W, with_stock=is_spiked or shape != large[-1])
-    head = [
-        "out x in",
-        "spectrum",
-        "stock, s",
-        "ours, s",
-        "ratio",
-        "angle, ours",
-        "certificate",
-        "angle, stock",
-        "peak, W",
-    ]
+    head = "out x in,spectrum,stock (s),ours (s),ratio,angle of ours,certificate,angle of stock,peak (W)".split(",")
     rows = [[f"{m}x{n}", spectrum, *basis_cells(found)] for ((m, n), spectrum), found in measured.items()]
     return f"{markdown([head, *rows])}\n\n{basis_target([measured[shape, SPECTRA[0]] for shape in large])}"
 
@@ -174,7 +160,7 @@ def basis_cells(found: Decomposition) -> list[str]:
     return [
         median_and_range(found.stock_seconds, ".3g") if was_measured else "not measured, for time",
         median_and_range(found.ours_seconds, ".3g"),
-        median_and_range(found.ratios(), ".3g") if was_measured else "",
+        median_and_range(ratios(found.stock_seconds, found.ours_seconds), ".3g") if was_measured else "",
         f"{found.ours_angle:.1e}",
         f"{found.certificate:.1e}",
         f"{found.stock_angle:.1e}" if was_measured else "",
@@ -187,29 +173,29 @@ def basis_target(large: Sequence[Decomposition]) -> str:
     stock = sum(statistics.median(found.stock_seconds) for found in large)
     reached = [stock / sum(pick(found.ours_seconds) for found in large) for pick in (statistics.median, max, min)]
     angle = max(found.ours_angle for found in large)
-    return (
-        f"The large shapes with a trained-like spectrum, seconds summed: target at least {TARGET_BASIS}x with an angle "
-        f"under {TARGET_ANGLE:g}; reached {reached[0]:.1f}x ({reached[1]:.1f} to {reached[2]:.1f}), angle {angle:.1e}."
-    )
+    target = f"target at least {TARGET_BASIS}x with an angle under {TARGET_ANGLE:g}"
+    reached_text = f"reached {reached[0]:.1f}x ({reached[1]:.1f} to {reached[2]:.1f}), angle {angle:.1e}"
+    return f"The large shapes with a trained-like spectrum, seconds summed: {target}; {reached_text}."
 
 
-def measure_adapters(folder: Path, rounds: int) -> dict[tuple[str, str, str], list[dict]]:
+def measure_adapters(folder: Path, rounds: int) -> dict[Row, list[dict]]:
     """Every row once, then every row again, and so on; stock in the first rounds only."""
-    results: dict[tuple[str, str, str], list[dict]] = {row: [] for row in ROWS}
+    results: dict[Row, list[dict]] = {row: [] for row in ROWS}
     for count in range(rounds):
         for row in ROWS:
-            task, project, cache = row
-            if project == "stock" and count >= STOCK_ROUNDS:
-                continue
-            # The round's cold creation fills the cache that is warm afterwards; cold loading has one of its own.
-            cache_folder = folder / f"cache-{count}{'-of-loading' * (row == ('load', 'ours', 'cold'))}"
-            progress(f"round {count + 1}/{rounds}: {task}, {project} {cache}")
-            cell = Cell(project, task, str(folder / "model"), str(folder / "adapter" / project))
-            results[row].append(run_cell(cell, cache_folder))
+            if row[1] == "ours" or count < STOCK_ROUNDS:
+                results[row].append(run_row(row, folder, f"round {count + 1} of {rounds}"))
     return results
 
 
-def seconds_table(results: dict[tuple[str, str, str], list[dict]]) -> str:
+def run_row(row: Row, folder: Path, name: str, **options: bool) -> dict:
+    """Runs a row. A round's cold creation fills the cache that is warm afterwards; cold loading has one of its own."""
+    progress(f"{name}: {' '.join(row)}")
+    cache = folder / f"cache of {name}{', loading' * (row == ('load', 'ours', 'cold'))}"
+    return run_cell(Cell(*row[:2], str(folder / "model"), str(folder / "adapter" / row[1])), cache, **options)
+
+
+def seconds_table(results: dict[Row, list[dict]]) -> str:
     """The second table, and what is asked of it."""
     lines = [["what", "project", "cache", "s", "ratio: stock / this"]]
     found = {row: [repeat["seconds"] for repeat in repeats] for row, repeats in results.items()}
@@ -230,13 +216,12 @@ def files_table(small: dict[str, dict[str, int]], large: dict[str, dict[str, int
     return markdown(lines)
 
 
-def memory_table(results: dict[tuple[str, str, str], list[dict]], largest_bytes: int) -> str:
+def memory_table(results: dict[Row, list[dict]], compacted: dict[Row, dict], largest_bytes: int) -> str:
     """The fourth table."""
-    lines = [["what", "project", "cache", "peak above the model, MB", "in largest weights (fp32)"]]
+    lines = [["what", "project", "cache", "peak above the model, MB", "without what malloc keeps, MB", "in weights"]]
     for row, repeats in results.items():
-        found = [repeat["peak_bytes"] for repeat in repeats]
-        megabytes = median_and_range([count / 1e6 for count in found], ".1f")
-        lines.append([*row, megabytes, median_and_range([count / largest_bytes for count in found], ".2f")])
+        found, least = [repeat["peak_bytes"] / 1e6 for repeat in repeats], compacted[row]["peak_bytes"]
+        lines.append([*row, median_and_range(found, ".1f"), f"{least / 1e6:.1f}", f"{least / largest_bytes:.2f}"])
     return markdown(lines)
 
 
@@ -255,19 +240,21 @@ def describe(argv: Sequence[str], quick: bool, others_seconds: float, largest_by
             f"- date: {datetime.now(UTC):%Y-%m-%d}",
             "- a figure: median (smallest to largest), where there was more than one; ratio: stock / ours, repeat by "
             "repeat",
-            f"- basis: r={RANK}, fp32; stock is `torch.linalg.svd(W.float(), full_matrices=False)`, in turns with ours, "
-            f"{REPEATS} times each; once where it took over {STOCK_ONCE_BEYOND:g} s (ours: {OURS_ONCE_BEYOND:g} s)",
-            "- trained-like: N(0, 0.02^2) plus 8 spikes of 4 to 1.2 times its largest singular value; angle: sine of the "
-            "largest principal angle, U and V, to exact vectors in float64 (SVD; above 10M elements from the Gram "
-            "matrix); certificate: ours, a bound for each vector, known without them; peak: tensors of ours beside W at most, in bytes of W",
-            "- adapter: 13 numbers (ours: u=1, tie='tiled'; stock: u=13, weight_tying=1.0), all linear layers of a random "
-            "model of Qwen2.5-0.5B's shape in bfloat16, 1024 tokens, three spikes a weight; the base is loaded before",
+            f"- basis: r={RANK}, fp32; stock is `torch.linalg.svd(W.float(), full_matrices=False)`, in turns with "
+            f"ours, {REPEATS} times each; once where it took over {STOCK_ONCE_BEYOND:g} s (ours: {OURS_ONCE_BEYOND:g} s)",
+            "- trained-like: N(0, 0.02^2) plus 8 spikes of 4 to 1.2 times its largest singular value; angle: sine of "
+            "the largest principal angle, U and V, to exact vectors in float64 (SVD; above 10M elements from the Gram "
+            "matrix); certificate: ours, a bound for each vector, known without them; peak: "
+            "tensors of ours beside W at most, in bytes of W",
+            "- adapter: 13 numbers (ours: u=1, tie='tiled'; stock: u=13, weight_tying=1.0), all linear layers of a "
+            "random model of Qwen2.5-0.5B's shape, bfloat16, 1024 tokens, three spikes a weight; the base is loaded before",
             f"- every row in a process of its own, {1 if quick else ROUNDS} round(s), interleaved; stock in the first "
             f"{1 if quick else STOCK_ROUNDS}",
-            f"- memory: the kernel's high-water mark of the process above what it had with the base loaded; 1 MB = 1e6 "
-            f"bytes; the largest weight takes {largest_bytes / 1e6:.1f} MB in fp32",
-            f"- 7B files: of a model of {SEVEN_B}'s shape on the meta device; the factors are placeholders (ours random, "
-            "stock's zeros, in the shape and dtype that it made them), which take the same bytes",
+            "- memory: the kernel's high-water mark of the process above what it had with the base loaded, 1 MB = 1e6 "
+            "bytes; once more with MALLOC_MMAP_THRESHOLD_, so that malloc gives back what is freed: what building "
+            f"needs, also in multiples of the largest weight in fp32, {largest_bytes / 1e6:.1f} MB",
+            f"- 7B files: of a model of {SEVEN_B}'s shape on the meta device; the factors are placeholders (ours "
+            "random, stock's zeros, in the shape and dtype that it made them), which take the same bytes",
         ]
     )
 
@@ -286,22 +273,22 @@ def main(argv: Sequence[str] | None = None) -> None:
         progress("making the base model")
         largest_bytes = save_base(folder / "model", options.quick)
         results = measure_adapters(folder, 1 if options.quick else ROUNDS)
-        small = results["create", "stock", ""][0]["files"] | results["create", "ours", "cold"][0]["files"]
+        compacted = {row: run_row(row, folder, "memory", keep_nothing=True) for row in ROWS}
+        small = compacted["create", "stock", ""]["files"] | compacted["create", "ours", "cold"]["files"]
         large: dict[str, dict[str, int]] = {}
         for project in ("stock", "ours"):
             progress(f"files on a 7B, {project}")
-            large |= run_cell(Cell(project, "weigh", SEVEN_B, str(folder / "7B" / project)), folder / "cache")["files"]
+            large |= run_cell(Cell("weigh", project, SEVEN_B, str(folder / "7B" / project)), folder / "cache")["files"]
     sections = {
         "Basis of one weight": basis,
         "Creating and loading an adapter": seconds_table(results),
         "Files": files_table(small, large),
-        "Memory while building": memory_table(results, largest_bytes),
+        "Memory while building": memory_table(results, compacted, largest_bytes),
     }
     text = describe(argv, options.quick, seconds_of_others() - others_before, largest_bytes)
     text += "".join(f"\n\n## {title}\n\n{section}" for title, section in sections.items()) + "\n"
     print(text)
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(text)
         progress(f"written to {options.output}")
 

@@ -1,9 +1,9 @@
 """One cell of benchmarks/basis.py, in a process of its own: create, load or weigh an adapter of 13 numbers.
 
-    python -m benchmarks.basis_cell '{"project": "ours", "task": "create", "model": "FOLDER", "adapter": "FOLDER"}'
+    python -m benchmarks.basis_cell '{"task": "create", "project": "ours", "model": "FOLDER", "adapter": "FOLDER"}'
 
-Prints one line of JSON. Only the project "ours" imports peft_tinylora, whose import takes PEFT's TINYLORA over; PEFT's own
-is measured in a process that never saw it. Needs Linux, whose kernel keeps the high-water mark of a process's memory.
+Prints one line of JSON. Only the project "ours" imports peft_tinylora, whose import takes PEFT's TINYLORA over; PEFT's
+own is measured in a process that never saw it. Needs Linux, whose kernel keeps a process's high-water mark of memory.
 """
 
 import copy
@@ -40,20 +40,26 @@ class Cell:
     """What one process does.
 
     Args:
-        project (`str`): "ours" or "stock".
         task (`str`): "create" and save an adapter, "load" it, or "weigh" the files of one on the meta device.
+        project (`str`): "ours" or "stock".
         model (`str`): folder of the base model; for "weigh" its id in shapes.py.
         adapter (`str`): folder to save to or load from; of ours, of which the forms are subfolders.
     """
 
-    project: str
     task: str
+    project: str
     model: str
     adapter: str
 
 
-def run_cell(cell: Cell, cache: Path) -> dict:
-    """Runs a cell in a process of its own, with `cache` as the folder of bases; returns what it printed.
+def run_cell(cell: Cell, cache: Path, keep_nothing: bool = False) -> dict:
+    """Runs a cell in a process of its own; returns what it printed.
+
+    Args:
+        cell ([`Cell`]): what to do.
+        cache (`Path`): folder of bases.
+        keep_nothing (`bool`, *optional*, defaults to `False`): whether glibc returns all freed blocks from 1 MB on. By
+            default it keeps and splits them, differently in every run, by up to a GB here. Slower, so not for timing.
 
     Raises:
         RuntimeError: if it failed, with the end of what it said.
@@ -61,6 +67,7 @@ def run_cell(cell: Cell, cache: Path) -> dict:
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PEFT_TINYLORA_CACHE": str(cache)}
     # Offline, because saving would look the base model up; no bars, because what is said is passed on.
     environment |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if keep_nothing else {}
     command = [sys.executable, "-m", "benchmarks.basis_cell", json.dumps(asdict(cell))]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode != 0:
@@ -247,7 +254,7 @@ def memory_bytes(field: str) -> int:
 
 
 def seconds_of_others() -> float:
-    """CPU seconds that programs other than this one and the processes it ran have taken; a difference says since when."""
+    """CPU seconds since boot that programs other than this one and the processes it ran have taken."""
     user, nice, system, _, _, _, _, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + steal) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 

@@ -40,12 +40,6 @@ from .tying import group_modules
 # same weights rounded to bf16 less; a weight changed by 5% gives more than this, another model about 1.
 BASIS_TOLERANCE = 0.01
 
-_OTHER_NUMBERS = (
-    "The adapter file has other numbers for module {name!r} than for a module that shares them: `tie` or `n_tie` was "
-    "edited in adapter_config.json, or v was trained without this package. Nothing was loaded. Name `tie` as the file was "
-    "trained, 'none' for stock PEFT."
-)
-
 
 def tensors_to_save(
     model: nn.Module,
@@ -134,17 +128,16 @@ def tensors_to_load(
     if has_copies:
         slots = _with_copies(slots, layers, adapter_name)
     _check(slots, found, sorted(unknown), broken)
+    by_name = _by_name(layers)
     if has_copies:
-        _check_copies(layers, adapter_name, found)
+        _one_for_each_group({name: layer.groups(adapter_name)[0] for name, layer in by_name.items()}, found)
     carried = {name: layer for name, layer in layers.items() if f"{_name_in_base_model(name)}.tinylora_A" in found}
     _check_basis(carried, found, config)
     bases = {}
     if is_compact and is_awaited:
-        names = [_name_in_base_model(name) for name in carried]
-        bases = compact.rebuild_bases(_base_of(model), config, adapter_name, _by_name(layers), names)
+        bases = compact.rebuild_bases(_base_of(model), config, adapter_name, by_name, found)
 
     # Nothing was changed up to here, and nothing can fail from here on.
-    by_name = _by_name(layers)
     for name, basis in bases.items():
         by_name[name].set_basis(adapter_name, basis)
     for layer in carried.values():
@@ -184,13 +177,23 @@ def _with_copies(
     return others | {name: slots[f"{VECTORS}.{group}"] for name, group in copies.items()}
 
 
-def _check_copies(layers: Mapping[str, TinyLoraLayer], adapter_name: str, found: Mapping[str, torch.Tensor]) -> None:
-    """Raise unless a portable file's copies of v, one for each module, agree where modules share it."""
-    first: dict[str, torch.Tensor] = {}
-    for index, (name, layer) in enumerate(layers.items()):
+def _one_for_each_group(groups: Mapping[str, str], found: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A portable file's copies of v, one for each module -> one for each group; raises where they differ.
+
+    Args:
+        groups (`Mapping[str, str]`): module -> group, in model order.
+        found (`Mapping[str, torch.Tensor]`): "tinylora_v.INDEX" -> v (u,), one for each module.
+    """
+    grouped: dict[str, torch.Tensor] = {}
+    for index, (name, group) in enumerate(groups.items()):
         v = found[f"{VECTORS}.{index}"]
-        if not torch.equal(first.setdefault(layer.groups(adapter_name)[0], v), v):
-            raise AdapterFileError(_OTHER_NUMBERS.format(name=_name_in_base_model(name)))
+        if not torch.equal(grouped.setdefault(f"{VECTORS}.{group}", v), v):
+            raise AdapterFileError(
+                f"The adapter file has other numbers for module {name!r} than for a module that shares them: `tie` or "
+                "`n_tie` was edited in adapter_config.json, or v was trained without this package. Nothing was loaded. "
+                "Name `tie` as the file was trained, 'none' for stock PEFT."
+            )
+    return grouped
 
 
 def unpack_file(
@@ -211,14 +214,13 @@ def unpack_file(
     if VECTORS in found:
         found = compact.unpack_vectors(config, found[VECTORS], check_digest=True)
     else:
-        groups = group_modules(target_names(model, config), config.tie, config.n_tie)
+        groups = {
+            name: str(group)
+            for name, group in group_modules(target_names(model, config), config.tie, config.n_tie).items()
+        }
         copies = [f"{VECTORS}.{index}" for index in range(len(groups))]
         _check({name: ("", found.get(name, torch.empty(config.u))) for name in copies}, found)
-        grouped: dict[str, torch.Tensor] = {}
-        for copy, (name, group) in zip(copies, groups.items(), strict=True):
-            if not torch.equal(grouped.setdefault(f"{VECTORS}.{group}", found[copy]), found[copy]):
-                raise AdapterFileError(_OTHER_NUMBERS.format(name=name))
-        found = grouped
+        found = _one_for_each_group(groups, found)
     return others | {f"base_model.model.{name}": v for name, v in found.items()}
 
 
@@ -255,9 +257,8 @@ def check_loaded(model: nn.Module, config: PeftConfig, adapter_name: str, keys: 
     _check(slots, found)
     _check_basis({name: layer for name, layer in layers.items() if name in carried}, found, config)
     if is_compact:
-        names = [_name_in_base_model(name) for name in carried]
         by_name = _by_name(layers)
-        for name, basis in compact.rebuild_bases(_base_of(model), config, adapter_name, by_name, names).items():
+        for name, basis in compact.rebuild_bases(_base_of(model), config, adapter_name, by_name, found).items():
             by_name[name].set_basis(adapter_name, basis)
 
 

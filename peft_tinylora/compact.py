@@ -10,7 +10,7 @@ Loading takes the factors from the base again and refuses them unless all of it 
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from peft import PeftConfig
@@ -117,7 +117,7 @@ def rebuild_bases(
     config: PeftConfig,
     adapter_name: str,
     layers: Mapping[str, TinyLoraLayer],
-    carried: Iterable[str],
+    found: Mapping[str, torch.Tensor],
 ) -> dict[str, Basis]:
     """The factors of a compact file's adapter, taken from the base model and compared with its fingerprint.
 
@@ -126,10 +126,10 @@ def rebuild_bases(
         config (`PeftConfig`): the adapter's, as read from its file.
         adapter_name (`str`): its name in the layers.
         layers (`Mapping[str, TinyLoraLayer]`): name in the base model -> layer, in model order.
-        carried (`Iterable[str]`): names of those whose factors are in the file.
+        found (`Mapping[str, torch.Tensor]`): the tensors of the file, "NAME.tinylora_A" and so on.
 
     Returns:
-        `dict[str, Basis]`: by name, without those that are carried, and without those whose weight is on the meta
+        `dict[str, Basis]`: by name, without those that are in the file, and without those whose weight is on the meta
         device, which are computed and compared at their first use.
 
     Raises:
@@ -151,13 +151,17 @@ def rebuild_bases(
         name: functools.partial(_checked, config=config, name=name, saved=sketches[index], weights=source.form)
         for index, (name, layer) in enumerate(layers.items())
     }
-    carried = set(carried)
     bases, requests = {}, []
     for index, (name, layer) in enumerate(layers.items()):
-        P = layer.tinylora_P[adapter_name]
-        if name in carried:
-            continue
-        if not layer.has_weight():
+        P = found.get(f"{name}.tinylora_P", layer.tinylora_P[adapter_name])
+        if f"{name}.tinylora_A" in found:
+            basis = Basis(found[f"{name}.tinylora_A"], found[f"{name}.tinylora_B"])
+            if not _fits(basis, P, sketches[index]):
+                raise AdapterFileError(
+                    f"The factors of module {name!r} in the adapter file, or its projection, are not those that the "
+                    "adapter was trained with. Nothing was loaded. Take both files from the same save."
+                )
+        elif not layer.has_weight():
             layer.check_basis_with(adapter_name, checks[name])
         elif not layer.tinylora_A[adapter_name].is_meta and _fits(layer.basis(adapter_name), P, sketches[index]):
             bases[name] = layer.basis(adapter_name)  # as when a Trainer resumes
@@ -167,12 +171,14 @@ def rebuild_bases(
     for name, layer in layers.items():
         basis = built.get(layer.weight_names[adapter_name])
         if basis is not None:
-            bases[name] = checks[name](basis, layer.tinylora_P[adapter_name])
+            P = found.get(f"{name}.tinylora_P", layer.tinylora_P[adapter_name])
+            bases[name] = checks[name](basis, P)
     if config.basis == "unchecked":
         saved_by_name = dict(zip(layers, sketches, strict=True))
+        no_projection = torch.zeros(1, 1, 1)
         _warn_of_another(
             {
-                name: fingerprint.distances(basis, layers[name].tinylora_P[adapter_name], saved_by_name[name])[0]
+                name: fingerprint.distances(basis, no_projection, saved_by_name[name])[0]
                 for name, basis in bases.items()
             }
         )

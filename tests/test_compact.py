@@ -223,6 +223,13 @@ def test_factors_that_the_base_does_not_determine_are_in_the_file(
     if is_carried:
         with pytest.raises(BasisMismatchError):
             PeftModel.from_pretrained(tiny_llama(), tmp_path / "first")
+        file = tmp_path / "first" / "adapter_model.safetensors"
+        tensors = load_file(file)
+        save_file(tensors | {f"{q}A": tensors[f"{q}A"].flip(0), f"{q}B": tensors[f"{q}B"].flip(1)}, file)
+        with pytest.raises(
+            AdapterFileError, match="factors of module 'model.layers.1.self_attn.q_proj' in the adapter"
+        ):
+            PeftModel.from_pretrained(base(), tmp_path / "first")
 
 
 def test_a_checkpoint_of_a_trainer_is_small_and_resumes_to_the_bit(tiny_llama, tokens, tmp_path) -> None:
