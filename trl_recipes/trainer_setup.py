@@ -143,11 +143,28 @@ def count_trained(model: PeftModel) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def save_adapter(trainer: Trainer, output_dir: Path, save_dtype: str) -> None:
+def round_vector(model: PeftModel, save_dtype: str) -> None:
     """
-    Saves the adapter, its numbers rounded to `save_dtype`, in the model too: what is scored is what was saved.
+    Rounds v to `save_dtype`, in the model and in what is saved from now on: what is scored is what was saved.
 
-    Saves config before weights: a folder that holds the weights is finished.
+    Call it after training: a checkpoint of the run is saved as it trains.
+
+    Args:
+        model ([`~peft.PeftModel`]):
+            The trained model, not wrapped by a trainer.
+        save_dtype (`str`):
+            "float32" or "bfloat16".
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "tinylora_v" in name:
+            parameter.data = parameter.data.to(getattr(torch, save_dtype)).to(parameter.dtype)
+    for config in model.peft_config.values():
+        config.save_dtype = save_dtype
+
+
+def save_adapter(trainer: Trainer, output_dir: Path) -> None:
+    """
+    Saves the adapter, config before weights: a folder that holds the weights is finished.
 
     Written elsewhere first and moved, so that Ctrl-C leaves either the old adapter or the new one. Tokenizer and base
     are not saved: they come from the base model. Every process calls it, for FSDP.
@@ -157,16 +174,7 @@ def save_adapter(trainer: Trainer, output_dir: Path, save_dtype: str) -> None:
             The trainer after training.
         output_dir (`Path`):
             The adapter's folder.
-        save_dtype (`str`):
-            "float32" or "bfloat16".
     """
-    dtype = getattr(torch, save_dtype)
-    for name, parameter in trainer.model.named_parameters():
-        if parameter.requires_grad and "tinylora_v" in name:
-            parameter.data = parameter.data.to(dtype).to(parameter.dtype)
-    # Only now: a checkpoint of the run is saved as it trains.
-    for config in trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).peft_config.values():
-        config.save_dtype = save_dtype
     temporary = output_dir / ".saving"
     trainer.save_model(str(temporary))
     if trainer.is_world_process_zero():
