@@ -18,11 +18,12 @@ def _not_the_users_cache(tmp_path_factory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def basis_cache_folder(tmp_path_factory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def basis_cache_folder(tmp_path_factory) -> Iterator[Path]:
     """A basis cache of its own for each test."""
     folder = tmp_path_factory.mktemp("basis")
-    monkeypatch.setenv("PEFT_TINYLORA_CACHE", str(folder))
-    return folder
+    with pytest.MonkeyPatch.context() as patch:  # not the test's own, which other fixtures want undone first
+        patch.setenv("PEFT_TINYLORA_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(autouse=True)

@@ -68,6 +68,7 @@ from trl_recipes.trainer_setup import (  # noqa: E402
     load_model,
     load_tokenizer,
     refuse_rounding_options,
+    round_vector,
     save_adapter,
     tinylora_config,
     trained_numbers,
@@ -151,11 +152,10 @@ def main() -> None:
     grpo_seconds = time.time() - started
 
     # --- save
-    save_adapter(
-        trainer, output_dir, tinylora_args.tinylora_save_dtype
-    )  # first of all: scoring takes a while, and Ctrl-C must not cost the training
-    # Scored outside of mixed precision, as a later process will score it.
+    # Without the wrapper of mixed precision: scored as a later process will score it.
     policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    round_vector(policy, tinylora_args.tinylora_save_dtype)
+    save_adapter(trainer, output_dir)  # before scoring, which takes a while: Ctrl-C must not cost the training
     after, answers_sha256 = score_both_ways(
         policy, tokenizer, held_out, recipe_args, training_args.max_completion_length
     )

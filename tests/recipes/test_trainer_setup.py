@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
+from peft import get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from peft_tinylora import TinyLoraConfig
-from trl_recipes.trainer_setup import keep_vector_in_fp32, save_adapter, trained_numbers
+from trl_recipes.trainer_setup import keep_vector_in_fp32, round_vector, save_adapter, trained_numbers
 
 
 class Model(torch.nn.Module):
@@ -167,3 +168,14 @@ def test_the_folder_holds_the_old_adapter_or_the_new_one(tmp_path, interrupted):
     text = "old" if interrupted else "new"
     assert (tmp_path / "adapter_config.json").read_text() == text
     assert (tmp_path / "adapter_model.safetensors").read_text() == text
+
+
+def test_v_is_rounded_in_the_model_and_in_what_is_saved(tmp_path, tiny_llama):
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(u=1, tie="full", target_modules=["q_proj"]))
+    v = model.tinylora_v["default"]["0"]
+    v.data.fill_(0.1)
+    round_vector(model, "bfloat16")
+    assert v.dtype == torch.float32 and v.item() == torch.tensor(0.1).bfloat16().item() != torch.tensor(0.1).item()
+    model.save_pretrained(tmp_path)
+    [saved] = load_file(tmp_path / "adapter_model.safetensors").values()
+    assert saved.dtype == torch.bfloat16 and saved.item() == v.item()
