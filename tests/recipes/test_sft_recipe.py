@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftModel
+from peft import PeftConfig, PeftModel, get_peft_model
 from recipes.runs import Run, in_new_process, launch_recipe, score_again
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,19 +51,18 @@ def run(launch, solved_file, problem_files, tmp_path_factory) -> Run:
     )
 
 
-@torch.no_grad()
-def losses_without_and_with(run: Run, base_folder, solved_file: str) -> tuple[float, float]:
-    """Mean loss of the training examples, on the base and with the run's adapter."""
+def gradient_at_the_start(run: Run, base_folder, solved_file: str) -> torch.Tensor:
+    """Of the mean loss over all training examples, in v: shape (4,)."""
     rows = [json.loads(line) for line in open(solved_file)]
     tokenizer = AutoTokenizer.from_pretrained(base_folder)
-    texts = [f"{row['prompt']}{row['completion']} <eos>" for row in rows]
-    ids = tokenizer(texts, return_tensors="pt")["input_ids"]
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_folder), run.folder)
+    ids = tokenizer([f"{row['prompt']}{row['completion']} <eos>" for row in rows], return_tensors="pt")["input_ids"]
     labels = ids.clone()
     labels[:, : tokenizer(rows[0]["prompt"], return_tensors="pt")["input_ids"].shape[1]] = -100
-    with model.disable_adapter():
-        before = model(input_ids=ids, labels=labels).loss.item()
-    return before, model(input_ids=ids, labels=labels).loss.item()
+    config = PeftConfig.from_pretrained(run.folder)
+    config.inference_mode = False
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config)
+    model(input_ids=ids, labels=labels).loss.backward()
+    return torch.cat([v.grad for v in model.tinylora_v["default"].values()])
 
 
 def test_the_last_line_is_the_result(run):
@@ -79,13 +78,12 @@ def test_the_last_line_is_the_result(run):
     assert result["adapter_bytes"] == (run.folder / "adapter_model.safetensors").stat().st_size
 
 
-def test_marked_answers_teach_to_mark_answers(run, tiny_model_dir, solved_file):
-    """The tiny model marks its answer half of the time; examples that always do, make it likelier.
-
-    Over all examples, since the losses of two batches of a run differ by their problems as well.
-    """
-    before, after = losses_without_and_with(run, tiny_model_dir, solved_file)
-    assert after < before
+def test_the_first_step_makes_the_marked_answers_likelier(run, tiny_model_dir, solved_file):
+    """Downhill of all examples. How far two steps of this size get, depends on the tiny model, and that on the machine."""
+    first = torch.tensor([float(run.curve[0][f"v_{i}"]) for i in range(4)])
+    gradient = gradient_at_the_start(run, tiny_model_dir, solved_file)
+    assert gradient.abs().max() > 1e-3
+    assert first @ gradient < 0
 
 
 def test_a_resumed_run_ends_where_the_whole_run_did(launch, solved_file, problem_files, tmp_path, run):
