@@ -1,10 +1,12 @@
-"""What training costs: a formula for a recipe's memory, and side-by-side measurements.
+"""What things cost: a formula for a recipe's memory, and side-by-side measurements.
 
 shapes.py           a model id -> its transformers config, offline
 peak.py             a block of code -> the most bytes of tensors that were alive in it
 memory.py           a recipe's YAML -> the memory that it is expected to need, item by item; also a command
 training.py         the command that measures GRPO and SFT side by side and prints one table
 training_cell.py    one cell of that table, in a process of its own
+basis.py            the command that measures the frozen factors beside stock PEFT: time, exactness, files, memory
+basis_cell.py       one row of its tables, in a process of its own
 merging.py          what is left of an adapter once it is merged
 results/            tables that were measured, each with its command, machine, versions and date
 """
