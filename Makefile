@@ -86,7 +86,7 @@ $(ZERO3_VENV)/.installed: $(STAMP)
 	    > "$$($(ZERO3_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')/borrowed.pth"
 	@echo "test-zero3: installing deepspeed"
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ZERO3_VENV)/bin/python -m pip --disable-pip-version-check install -qq \
-	    setuptools wheel einops hjson msgpack ninja py-cpuinfo
+	    'setuptools>=77' wheel einops hjson msgpack ninja py-cpuinfo
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(ZERO3_VENV)/bin/python -m pip --disable-pip-version-check install -qq \
 	    --no-build-isolation --no-deps -e . deepspeed==0.19.8
 	@touch $@

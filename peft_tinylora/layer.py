@@ -214,6 +214,8 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
             self.u,
             self._groups,
             self._tinylora_v_key,
+            self.weight_names,
+            self.matrix_names,
             self._basis_makers,
             self.basis_angles,
         ):

@@ -384,3 +384,17 @@ def test_adapter_made_before_the_base_weights_arrive(tiny_llama, tokens) -> None
     for adapted in (model, expected):
         fill_vectors(adapted, 0.5)
     assert torch.equal(model.eval()(tokens).logits, expected(tokens).logits)
+
+
+def test_nothing_is_left_of_a_deleted_adapter(tiny_llama) -> None:
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
+    model.add_adapter("gone", TinyLoraConfig(**TILED))
+    layers = [module for module in model.modules() if isinstance(module, TinyLoraLayer)]
+
+    def holders() -> list[str]:
+        found = [(name, value) for layer in layers for name, value in [*vars(layer).items(), *layer.named_children()]]
+        return [name for name, value in found if hasattr(value, "keys") and "gone" in value.keys()]
+
+    assert holders()
+    model.delete_adapter("gone")
+    assert holders() == []
