@@ -22,7 +22,8 @@ import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from torch import nn
 
 from . import compact
@@ -88,7 +89,11 @@ def tensors_to_save(
 
 
 def tensors_to_load(
-    model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    model: nn.Module,
+    config: PeftConfig,
+    adapter_name: str,
+    state_dict: dict[str, torch.Tensor],
+    file_config: PeftConfig | None = None,
 ) -> dict[str, torch.Tensor]:
     """The tensors of a file under the names of the model's state dict, after all of them were checked.
 
@@ -98,6 +103,9 @@ def tensors_to_load(
         adapter_name (`str`): the name that the adapter has in `model`.
         state_dict (`dict`): as read from the file; tensors that are not TinyLoRA's (biases, `modules_to_save`) are
             already under the names of the model.
+        file_config (`PeftConfig`, *optional*): as it was saved with the file. Without it the adapter's own stands in,
+            if that came from a file and its factors are still to be found; tensors that are given into an adapter that
+            is there are not compared with any.
 
     Returns:
         `dict[str, torch.Tensor]`: v, A, B and P in the dtype of the model's own.
@@ -119,10 +127,13 @@ def tensors_to_load(
     if len(found) + len(others) != len(state_dict):
         raise AdapterFileError("The adapter file has a tensor under two names. Nothing was loaded. Save it anew.")
     is_compact = VECTORS in found
-    # A Trainer that resumes loads into an adapter that has its factors, with the config that it was made with.
-    is_awaited = read_from_file(config) and any(layer.tinylora_A[adapter_name].is_meta for layer in layers.values())
+    if file_config is None and read_from_file(config):
+        is_awaited = any(layer.tinylora_A[adapter_name].is_meta for layer in layers.values())
+        file_config = config if is_awaited else None
+    fingerprint = None
     if is_compact:
-        found |= compact.unpack_vectors(config, found.pop(VECTORS), check_digest=is_awaited)
+        fingerprint = None if file_config is None else compact.fingerprint_of(file_config)
+        found |= compact.unpack_vectors(config, found.pop(VECTORS), fingerprint)
     slots = _slots(model, config, adapter_name, layers, found if is_compact else None)
     has_copies = not is_compact and conventions_of(config).from_paper
     if has_copies:
@@ -134,8 +145,8 @@ def tensors_to_load(
     carried = {name: layer for name, layer in layers.items() if f"{_name_in_base_model(name)}.tinylora_A" in found}
     _check_basis(carried, found, config)
     bases = {}
-    if is_compact and is_awaited:
-        bases = compact.rebuild_bases(_base_of(model), config, adapter_name, by_name, found)
+    if fingerprint is not None:
+        bases = compact.rebuild_bases(_base_of(model), config, fingerprint, adapter_name, by_name, found)
 
     # Nothing was changed up to here, and nothing can fail from here on.
     for name, basis in bases.items():
@@ -156,12 +167,19 @@ def tensors_to_load(
     return tensors
 
 
+def damaged_file(error: SafetensorError) -> AdapterFileError:
+    """What to raise for a file that safetensors cannot read."""
+    return AdapterFileError(
+        f"The adapter file is cut short or damaged ({error}). Nothing was loaded. Save or download it again."
+    )
+
+
 def _is_compact(config: PeftConfig) -> bool:
     return isinstance(config, TinyLoraConfig) and (config.is_compact or not config.stock_peft_can_follow)
 
 
 def _base_of(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def _by_name(layers: Mapping[str, TinyLoraLayer]) -> dict[str, TinyLoraLayer]:
@@ -212,7 +230,7 @@ def unpack_file(
     others = {key: tensor for key, tensor in state_dict.items() if not _name_in_base_model(key).startswith(VECTORS)}
     found = {_name_in_base_model(key): tensor for key, tensor in state_dict.items() if key not in others}
     if VECTORS in found:
-        found = compact.unpack_vectors(config, found[VECTORS], check_digest=True)
+        found = compact.unpack_vectors(config, found[VECTORS], compact.fingerprint_of(config))
     else:
         groups = {
             name: str(group)
@@ -257,8 +275,8 @@ def check_loaded(model: nn.Module, config: PeftConfig, adapter_name: str, keys: 
     _check(slots, found)
     _check_basis({name: layer for name, layer in layers.items() if name in carried}, found, config)
     if is_compact:
-        by_name = _by_name(layers)
-        for name, basis in compact.rebuild_bases(_base_of(model), config, adapter_name, by_name, found).items():
+        by_name, saved = _by_name(layers), compact.fingerprint_of(config)
+        for name, basis in compact.rebuild_bases(_base_of(model), config, saved, adapter_name, by_name, found).items():
             by_name[name].set_basis(adapter_name, basis)
 
 

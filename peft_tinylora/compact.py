@@ -87,24 +87,23 @@ def pack(
     return tensors
 
 
-def unpack_vectors(config: PeftConfig, v: torch.Tensor, check_digest: bool) -> dict[str, torch.Tensor]:
+def unpack_vectors(config: PeftConfig, v: torch.Tensor, saved: Mapping[str, str] | None) -> dict[str, torch.Tensor]:
     """The one tensor of a compact file -> "tinylora_v.GROUP" (u,).
 
     Args:
         config (`PeftConfig`): the adapter's.
         v (`torch.Tensor`): shape (groups, u).
-        check_digest (`bool`): whether `config` is the one that was saved with the tensor, and not one of a run that
-            resumes.
+        saved (`Mapping[str, str]`, *optional*): the fingerprint that was saved with the tensor, if there is one.
 
     Raises:
-        AdapterFileError: if the config says nothing of the factors, or the tensor is not the one it was saved with.
+        AdapterFileError: if the tensor does not fit the config, or is not the one that the fingerprint was saved with.
     """
     if v.ndim != 2 or v.shape[1] != config.u:
         raise AdapterFileError(
             f"The adapter file does not fit its config: {VECTORS} has shape {tuple(v.shape)}, and u={config.u} asks for "
             f"(groups, {config.u}). Nothing was loaded. Load the file with the config it was saved with."
         )
-    if check_digest and fingerprint.digest_of_tensor(v) != _saved(config)["v"]:
+    if saved is not None and fingerprint.digest_of_tensor(v) != saved["v"]:
         raise AdapterFileError(
             "The numbers in the adapter file are not those that adapter_config.json was saved with. Nothing was "
             "loaded. Take both files from the same save, or download the adapter again."
@@ -115,6 +114,7 @@ def unpack_vectors(config: PeftConfig, v: torch.Tensor, check_digest: bool) -> d
 def rebuild_bases(
     base_model: nn.Module,
     config: PeftConfig,
+    saved: Mapping[str, str],
     adapter_name: str,
     layers: Mapping[str, TinyLoraLayer],
     found: Mapping[str, torch.Tensor],
@@ -123,7 +123,8 @@ def rebuild_bases(
 
     Args:
         base_model (`nn.Module`): the model that the adapter is in.
-        config (`PeftConfig`): the adapter's, as read from its file.
+        config (`PeftConfig`): the adapter's.
+        saved (`Mapping[str, str]`): the fingerprint that was saved with the file.
         adapter_name (`str`): its name in the layers.
         layers (`Mapping[str, TinyLoraLayer]`): name in the base model -> layer, in model order.
         found (`Mapping[str, torch.Tensor]`): the tensors of the file, "NAME.tinylora_A" and so on.
@@ -136,20 +137,21 @@ def rebuild_bases(
         AdapterFileError: if the config was edited: names what does not fit.
         BasisMismatchError: if the factors are not those that v was trained with; names the module and what to do.
     """
-    saved = _saved(config)
     sketches = fingerprint.decode(saved["modules"], (layer.r[adapter_name] for layer in layers.values()))
     if _digest_of_groups(layers, adapter_name) != saved["groups"]:
         raise AdapterFileError(
             "The adapter's modules do not read the numbers that they read when it was saved: `tie`, `n_tie`, "
-            "`weight_tying` or `target_modules` was edited in adapter_config.json, or this is another base model. "
+            "`weight_tying` or `target_modules` was edited in its config, or this is another base model. "
             "Nothing was loaded."
         )
     source = WeightSource(base_model, config, layers.values())
     if source.form != saved["weights"] and config.basis != "unchecked":
-        raise BasisMismatchError(_other_form(config, source.form))
+        raise BasisMismatchError(_other_form(saved["weights"], source.form))
     checks = {
-        name: functools.partial(_checked, config=config, name=name, saved=sketches[index], weights=source.form)
-        for index, (name, layer) in enumerate(layers.items())
+        name: functools.partial(
+            _checked, config=config, name=name, saved=sketch, trained=saved["weights"], weights=source.form
+        )
+        for name, sketch in zip(layers, sketches, strict=True)
     }
     bases, requests = {}, []
     for index, (name, layer) in enumerate(layers.items()):
@@ -164,7 +166,7 @@ def rebuild_bases(
         elif not layer.has_weight():
             layer.check_basis_with(adapter_name, checks[name])
         elif not layer.tinylora_A[adapter_name].is_meta and _fits(layer.basis(adapter_name), P, sketches[index]):
-            bases[name] = layer.basis(adapter_name)  # as when a Trainer resumes
+            bases[name] = layer.basis(adapter_name)  # another adapter's, or those of a run that resumes
         else:
             requests.append(_request(source, layer, adapter_name))
     built = _build(source, config, requests)
@@ -186,7 +188,7 @@ def rebuild_bases(
 
 
 def _checked(
-    basis: Basis, P: torch.Tensor, *, config: PeftConfig, name: str, saved: torch.Tensor, weights: str
+    basis: Basis, P: torch.Tensor, *, config: PeftConfig, name: str, saved: torch.Tensor, trained: str, weights: str
 ) -> Basis:
     """`basis` with the signs of the one that v was trained with; raises if it is another."""
     basis = fingerprint.align(basis, saved)
@@ -194,14 +196,14 @@ def _checked(
     if not of_projection <= SKETCH_TOLERANCE:
         raise AdapterFileError(
             f"The projection of module {name!r} is not the one that the adapter was trained with: projection_seed="
-            f"{config.projection_seed}, r or u was edited in adapter_config.json. Nothing was loaded."
+            f"{config.projection_seed}, r or u is not what it was saved with. Nothing was loaded."
         )
     if of_factors <= SKETCH_TOLERANCE or config.basis == "unchecked":
         return basis
     trained_on = f"It was trained on {config.base_model_name_or_path or 'a model without a name'}"
     raise BasisMismatchError(
         f"{ANOTHER_BASIS}: module {name!r} differs by {of_factors:.2g}, allowed is {SKETCH_TOLERANCE:g}. {trained_on} "
-        f"({_saved(config)['weights']} weights; here {weights}): load that, in the dtype it was trained in, or set "
+        f"({trained} weights; here {weights}): load that, in the dtype it was trained in, or set "
         "basis='unchecked' in its config to use the basis at hand all the same. Nothing was loaded."
     )
 
@@ -224,8 +226,7 @@ def _fits(basis: Basis, P: torch.Tensor, saved: torch.Tensor) -> bool:
     return max(fingerprint.distances(basis, P, saved)) <= SKETCH_TOLERANCE
 
 
-def _other_form(config: PeftConfig, weights: str) -> str:
-    trained = _saved(config)["weights"]
+def _other_form(trained: str, weights: str) -> str:
     message = (
         f"The adapter's basis is that of {trained} weights, and the base model's are {weights} here. Nothing was loaded. "
         "Load the base model as it was trained on"
@@ -239,7 +240,8 @@ def _other_form(config: PeftConfig, weights: str) -> str:
     return f"{message}, and pass it as PeftModel.from_pretrained(..., config=config)."
 
 
-def _saved(config: PeftConfig) -> dict[str, str]:
+def fingerprint_of(config: PeftConfig) -> dict[str, str]:
+    """The fingerprint in a config that was saved with a compact file; raises [`AdapterFileError`] if it is not whole."""
     saved = config.fingerprint if isinstance(config, TinyLoraConfig) else None
     wanted = ("weights", "modules", "groups", "v")
     if not isinstance(saved, dict) or not all(isinstance(saved.get(key), str) for key in wanted):

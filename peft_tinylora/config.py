@@ -8,12 +8,9 @@ projections seeded by module name, canonical signs.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import peft
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 
 from .errors import AdapterFileError, ConfigError
 
@@ -166,27 +163,6 @@ class TinyLoraConfig(peft.TinyLoraConfig):
             self.exclude_modules = set(self.exclude_modules)
         if self.uses_paper_conventions:
             self._fill_paper_conventions()
-
-    @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
-    ) -> peft.PeftConfig:
-        """As `PeftConfig.from_pretrained`; refuses a local adapter file that is cut short, before a model is changed.
-
-        Raises:
-            AdapterFileError: names the file.
-        """
-        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if file.is_file():
-            try:
-                with safe_open(file, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise AdapterFileError(
-                    f"{file} is cut short or damaged ({error}). Nothing was loaded. Save or download the adapter again."
-                ) from error
-        return config
 
     @property
     def uses_paper_conventions(self) -> bool:

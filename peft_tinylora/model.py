@@ -6,6 +6,7 @@ registered on that model instead.
 """
 
 import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
+from safetensors import SafetensorError
 from torch import nn
 
 from . import checkpoint
@@ -67,6 +69,7 @@ class TinyLoraModel(BaseTuner):
         self._warned_of_loss = False
         self._assignments: dict[str, Assignment] = {}
         self._awaiting_file: set[str] = set()
+        self._file_config: PeftConfig | None = None  # of the file that is being loaded
         self._outlived_by_model = isinstance(config, PeftConfig)
         super().__init__(model, config, adapter_name, low_cpu_mem_usage, state_dict)
 
@@ -315,7 +318,8 @@ class TinyLoraModel(BaseTuner):
         tuner = getattr(model, "base_model", None)
         tuner = tuner if isinstance(tuner, cls) else None
         try:
-            tensors = checkpoint.tensors_to_load(model, config, adapter_name, state_dict)
+            file_config = None if tuner is None else tuner._file_config
+            tensors = checkpoint.tensors_to_load(model, config, adapter_name, state_dict, file_config)
         except AdapterFileError:
             if tuner is not None and adapter_name in tuner._awaiting_file:
                 tuner._forget(adapter_name)
@@ -323,6 +327,29 @@ class TinyLoraModel(BaseTuner):
         if tuner is not None:
             tuner._awaiting_file.discard(adapter_name)
         return tensors
+
+    @contextmanager
+    def loading_file(self, adapter_name: str, config: PeftConfig | None) -> Iterator[None]:
+        """While a file is loaded into an adapter, its own config is what the file is compared with.
+
+        The adapter may have another one: that of the run that resumes.
+
+        Args:
+            adapter_name (`str`): the adapter, which may not be there yet.
+            config (`PeftConfig`, *optional*): as it was saved with the file.
+
+        Raises:
+            AdapterFileError: for a file that is cut short or damaged; the model is as before.
+        """
+        self._file_config = config
+        try:
+            yield
+        except SafetensorError as error:
+            if adapter_name in self._awaiting_file:
+                self._forget(adapter_name)
+            raise checkpoint.damaged_file(error) from error
+        finally:
+            self._file_config = None
 
     def _forget(self, adapter_name: str) -> None:
         """Take back an adapter whose file was refused, so that the model is as before."""

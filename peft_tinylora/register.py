@@ -5,11 +5,13 @@ themselves. `peft.TinyLoraConfig` is left alone; a script that makes one gets th
 
 transformers' own methods (`model.add_adapter`, `model.load_adapter`) need two more changes, since PEFT refuses them
 tuners with shared state and they load tensors past PEFT: `peft.inject_adapter_in_model`, a name that transformers
-imports at each call, and `load_adapter` itself, after which the loaded tensors are checked.
+imports at each call, and `load_adapter` itself, after which the loaded tensors are checked. PEFT's own `load_adapter` is
+wrapped too: it passes the tensors of a file on without the config beside them, which says what they belong to.
 """
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import peft
@@ -17,10 +19,11 @@ import torch
 from huggingface_hub import hf_hub_download
 from packaging.version import Version
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from .checkpoint import check_loaded, unpack_file
+from .checkpoint import check_loaded, damaged_file, unpack_file
 from .config import TinyLoraConfig
 from .errors import ConfigError, TinyLoraError
 from .layer import TinyLoraLayer
@@ -29,6 +32,7 @@ from .model import TinyLoraModel
 
 # The first version whose BaseTuner has the hooks for saving and loading that model.py overrides.
 OLDEST_PEFT = "0.21.0"
+HUB_OPTIONS = frozenset(inspect.signature(hf_hub_download).parameters)  # of which PEFT takes those of a download
 
 _in_place_of: dict[str, Any] = {}
 
@@ -49,10 +53,12 @@ def register() -> None:
     _in_place_of["tuner"] = PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.TINYLORA]
     _in_place_of["inject"] = peft.inject_adapter_in_model
     _in_place_of["load"] = PreTrainedModel.load_adapter
+    _in_place_of["peft_load"] = peft.PeftModel.load_adapter
     PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.TINYLORA] = TinyLoraConfig
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.TINYLORA] = TinyLoraModel
     peft.inject_adapter_in_model = _inject_adapter_in_model
     PreTrainedModel.load_adapter = _load_adapter
+    peft.PeftModel.load_adapter = _load_adapter_of_peft
 
 
 def unregister() -> None:
@@ -63,6 +69,7 @@ def unregister() -> None:
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.TINYLORA] = _in_place_of["tuner"]
     peft.inject_adapter_in_model = _in_place_of["inject"]
     PreTrainedModel.load_adapter = _in_place_of["load"]
+    peft.PeftModel.load_adapter = _in_place_of["peft_load"]
     _in_place_of.clear()
 
 
@@ -84,6 +91,26 @@ def _inject_adapter_in_model(
             "have: name `tie` in the config, or use `get_peft_model` and `PeftModel.from_pretrained`."
         )
     return TinyLoraModel(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict).model
+
+
+@functools.wraps(peft.PeftModel.load_adapter)
+def _load_adapter_of_peft(self: peft.PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    tuner = self.base_model
+    if not isinstance(tuner, TinyLoraModel):
+        return _in_place_of["peft_load"](self, model_id, adapter_name, *args, **kwargs)
+    with tuner.loading_file(adapter_name, _saved_config(model_id, kwargs)):
+        return _in_place_of["peft_load"](self, model_id, adapter_name, *args, **kwargs)
+
+
+def _saved_config(model_id: str, options: Mapping[str, Any]) -> peft.PeftConfig | None:
+    """The config beside an adapter's file; `None` where there is none to be read, of which PEFT has its own to say."""
+    options = {name: value for name, value in options.items() if name in HUB_OPTIONS and value is not None}
+    try:
+        return peft.PeftConfig.from_pretrained(model_id, **options)
+    except TinyLoraError:
+        raise
+    except (OSError, ValueError):
+        return None
 
 
 @functools.wraps(PreTrainedModel.load_adapter)
@@ -115,21 +142,18 @@ def _unpack_file(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
         options |= load_config.download_kwargs
     options |= arguments.get("adapter_kwargs") or {}
     options["local_files_only"] = arguments.get("local_files_only", False) or options.get("local_files_only", False)
-    known = inspect.signature(hf_hub_download).parameters
-    options = {name: value for name, value in options.items() if name in known and value is not None}
     config, tensors = arguments.get("peft_config"), arguments.get("adapter_state_dict")
     if config is None and folder is not None:
-        try:
-            config = peft.PeftConfig.from_pretrained(folder, **options)
-        except TinyLoraError:
-            raise
-        except (OSError, ValueError):
-            return  # transformers says what is wrong with an adapter of any kind
+        config = _saved_config(folder, options)
     if not isinstance(config, TinyLoraConfig) or not config.uses_paper_conventions:
         return
     arguments["peft_config"] = config
     if tensors is None:
-        tensors = peft.load_peft_weights(folder, device="cpu", **options)
+        options = {name: value for name, value in options.items() if name in HUB_OPTIONS and value is not None}
+        try:
+            tensors = peft.load_peft_weights(folder, device="cpu", **options)
+        except SafetensorError as error:
+            raise damaged_file(error) from error
     arguments["adapter_state_dict"] = unpack_file(model, config, tensors)
 
 

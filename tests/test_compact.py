@@ -138,7 +138,7 @@ def test_a_file_that_does_not_fit_is_refused_and_the_base_is_as_before(tiny_llam
     assert torch.equal(PeftModel.from_pretrained(base, folder)(tokens).logits, logits)
 
 
-@pytest.mark.parametrize("change", [name for name in REFUSED if name != "cut short"])
+@pytest.mark.parametrize("change", REFUSED)
 def test_transformers_own_load_adapter_refuses_the_same(tiny_llama, tokens, saved, change) -> None:
     folder, logits = saved
     base = tiny_llama()
@@ -153,6 +153,45 @@ def test_transformers_own_load_adapter_refuses_the_same(tiny_llama, tokens, save
         (folder / name).write_bytes(data)
     base.load_adapter(folder)
     assert torch.equal(base(tokens).logits, logits)
+
+
+@pytest.mark.parametrize("change", [name for name in REFUSED if name not in ("fewer modules", "no tensor")])
+def test_a_second_adapter_is_compared_with_its_own_file(tiny_llama, tokens, saved, tmp_path, change) -> None:
+    """Also where the first one has the same settings, whose factors it would share."""
+    folder, logits = saved
+    first = shutil.copytree(folder, tmp_path / "first")
+    REFUSED[change][0](folder)
+    model = PeftModel.from_pretrained(tiny_llama(), first)
+    with pytest.raises(AdapterFileError, match=REFUSED[change][1]):
+        model.load_adapter(folder, adapter_name="second")
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(model(tokens).logits, logits)
+
+
+def test_a_second_adapter_of_another_base_is_refused_though_its_settings_are_the_same(tiny_llama, saved, tmp_path):
+    other = get_peft_model(tiny_llama(seed=1), TinyLoraConfig(**TILED))
+    fill_vectors(other, 0.5)
+    other.save_pretrained(tmp_path / "other")
+    model = PeftModel.from_pretrained(tiny_llama(), saved[0])
+    with pytest.raises(BasisMismatchError, match="another basis than that of this base model"):
+        model.load_adapter(tmp_path / "other", adapter_name="other")
+
+
+def test_a_run_that_resumes_reads_the_config_beside_its_checkpoint(tiny_llama, tokens, saved, tmp_path) -> None:
+    folder, _ = saved
+    run = get_peft_model(tiny_llama(), TinyLoraConfig.from_pretrained(folder))  # settings reused, numbers started anew
+    fill_vectors(run, 0.1, seed=3)
+    run.save_pretrained(tmp_path / "checkpoint")
+    again = get_peft_model(tiny_llama(), TinyLoraConfig.from_pretrained(folder))
+    again.load_adapter(tmp_path / "checkpoint", adapter_name="default", is_trainable=True)
+    assert torch.equal(again(tokens).logits, run(tokens).logits)
+    seeded = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED, projection_seed=5))
+    with pytest.raises(AdapterFileError, match="projection_seed=5, r or u is not what it was saved with"):
+        seeded.load_adapter(tmp_path / "checkpoint", adapter_name="default", is_trainable=True)
+    shutil.copy(folder / "adapter_model.safetensors", tmp_path / "checkpoint")
+    with pytest.raises(AdapterFileError, match="not those that adapter_config.json was saved with"):
+        again.load_adapter(tmp_path / "checkpoint", adapter_name="default", is_trainable=True)
+    assert torch.equal(again(tokens).logits, run(tokens).logits)
 
 
 def test_another_base_is_refused_unless_it_is_asked_for(tiny_llama, saved) -> None:

@@ -26,6 +26,7 @@ def test_registering_twice_and_giving_back() -> None:
     assert PEFT_TYPE_TO_CONFIG_MAPPING["TINYLORA"] is peft.TinyLoraConfig
     assert PEFT_TYPE_TO_TUNER_MAPPING["TINYLORA"] is peft.TinyLoraModel
     assert peft.inject_adapter_in_model.__module__ == "peft.mapping"
+    assert peft.PeftModel.load_adapter.__code__.co_filename.endswith("peft_model.py")
     peft_tinylora.unregister()
     peft_tinylora.register()
     assert PEFT_TYPE_TO_CONFIG_MAPPING["TINYLORA"] is peft_tinylora.TinyLoraConfig
