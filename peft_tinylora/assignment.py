@@ -86,8 +86,7 @@ def assign(
         else:
             projection = projection_of(config, own_names, index, r, stacked=len(weight.matrix_shape()) == 3)
             if not read_from_file(config):
-                read = functools.partial(read_weight, source, key, weight)
-                requests.append(Request(key, weight.matrix_shape(), r, read))
+                requests.append(request_of(source, key, weight, r))
 
         make_basis = functools.partial(
             basis_of_layer,
@@ -101,14 +100,7 @@ def assign(
         assignments[key] = Assignment(
             tuple(own_names), own_groups, r, basis, make_basis, projection, weight.quantization_backend
         )
-    bases = build_bases(
-        requests,
-        sigma=conventions.sigma,
-        canonical=conventions.from_paper,
-        base=source.base,
-        weights=source.form,
-        repository=source.repository,
-    )
+    bases = build_bases(requests, source, sigma=conventions.sigma, canonical=conventions.from_paper)
     return {key: given._replace(basis=bases.get(key, given.basis)) for key, given in assignments.items()}
 
 
@@ -126,15 +118,16 @@ def requests_of(model: nn.Module, config: PeftConfig) -> tuple[list[Request], We
         target.key: TargetWeight(model, target.key, target.parameter_name) for target in find_targets(model, config)
     }
     source = WeightSource(model, config, weights.values())
-    return [
-        Request(
-            key,
-            weight.matrix_shape(),
-            bounded_rank(config, weight.matrix_shape(), key),
-            functools.partial(read_weight, source, key, weight),
-        )
+    requests = [
+        request_of(source, key, weight, bounded_rank(config, weight.matrix_shape(), key))
         for key, weight in weights.items()
-    ], source
+    ]
+    return requests, source
+
+
+def request_of(source: WeightSource, name: str, weight: "TargetWeight | TinyLoraLayer", r: int) -> Request:
+    """What [`build_bases`] needs to know of a target, or of an adapted layer."""
+    return Request(name, weight.matrix_shape(), r, functools.partial(read_weight, source, name, weight))
 
 
 def projection_of(config: PeftConfig, names: Sequence[str], index: int, r: int, stacked: bool) -> torch.Tensor:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from . import basis_cache
 from .basis import Basis, compute_basis, place_sigma, residual
 from .basis_hub import fetch
+from .source import WeightSource
 
 
 logger = logging.getLogger(__name__)
@@ -39,24 +40,15 @@ class Request(NamedTuple):
     read: Callable[[], torch.Tensor]
 
 
-def build_bases(
-    requests: Sequence[Request],
-    *,
-    sigma: str,
-    canonical: bool,
-    base: str,
-    weights: str,
-    repository: str | None = None,
-) -> dict[str, Basis]:
+def build_bases(requests: Sequence[Request], source: WeightSource, *, sigma: str, canonical: bool) -> dict[str, Basis]:
     """The bases of modules of one base model.
 
     Args:
         requests (`Sequence[Request]`): in model order.
+        source ([`WeightSource`]): the base model, the form of its weights, and the repository of basis files that is
+            asked where the cache has none. A model without a name is not cached.
         sigma (`str`): where the singular values go; the cache holds bases for both.
         canonical (`bool`): as in [`compute_basis`].
-        base (`str`): id or folder of the base model; empty for one built in memory, which is not cached.
-        weights (`str`): the form of the weights: "float", or such as "bnb 4bit nf4".
-        repository (`str`, *optional*): Hub id of a repository of basis files, asked where the cache has none.
 
     Returns:
         `dict[str, Basis]`: by key, on the device that the weight was read to.
@@ -66,12 +58,12 @@ def build_bases(
     """
     if not requests:
         return {}
-    name = basis_cache.file_name(weights, canonical, ((q.key, q.shape, q.r) for q in requests))
-    path = basis_cache.place(base, name)
+    name = file_name(requests, source, canonical)
+    path = basis_cache.place(source.base, name)
     kept = {} if path is None else basis_cache.read(path)
     fetched = None
-    if not kept and repository is not None:
-        fetched = fetch(repository, name)
+    if not kept and source.repository is not None:
+        fetched = fetch(source.repository, name)
         kept = {} if fetched is None else basis_cache.read(fetched)
     bases, computed = {}, 0
     for request in tqdm(requests, desc="Basis", unit="module", delay=SECONDS_UNTIL_PROGRESS, leave=False):
@@ -87,11 +79,16 @@ def build_bases(
             "%d of %d modules have other weights than the kept basis %s: computed anew.",
             computed,
             len(requests),
-            path if fetched is None else f"{name} of {repository}",
+            path if fetched is None else f"{name} of {source.repository}",
         )
     if path is not None and (computed or fetched is not None) and not any(basis.A.is_meta for basis in bases.values()):
-        basis_cache.write(path, bases, base, weights)
+        basis_cache.write(path, bases, source.base, source.form)
     return {key: place_sigma(basis, sigma) for key, basis in bases.items()}
+
+
+def file_name(requests: Sequence[Request], source: WeightSource, canonical: bool = True) -> str:
+    """The name of the file that the bases of these modules are kept in, here and on the Hub."""
+    return basis_cache.file_name(source.form, canonical, ((q.key, q.shape, q.r) for q in requests))
 
 
 def verified(basis: Basis | None, W: torch.Tensor, request: Request) -> Basis | None:

@@ -17,7 +17,7 @@ from peft import PeftConfig
 from torch import nn
 
 from . import fingerprint
-from .assignment import projection_of, read_weight
+from .assignment import projection_of, request_of
 from .basis import Basis
 from .build import Request, build_bases
 from .config import FORMAT_VERSION, TinyLoraConfig, conventions_of
@@ -27,7 +27,7 @@ from .source import FLOAT, WeightSource
 
 
 VECTORS = "tinylora_v"  # the one tensor, without PEFT's prefix
-# `fingerprint.distances` that is accepted on loading: about the relative error of the update.
+# The distance of a sketch that is accepted on loading: about the relative error of the update.
 SKETCH_TOLERANCE = 0.02
 # Relative difference of factors from those of the base up to which they are left out of the file.
 SAME_FACTORS = 1e-3
@@ -177,13 +177,7 @@ def rebuild_bases(
             bases[name] = checks[name](basis, P)
     if config.basis == "unchecked":
         saved_by_name = dict(zip(layers, sketches, strict=True))
-        no_projection = torch.zeros(1, 1, 1)
-        _warn_of_another(
-            {
-                name: fingerprint.distances(basis, no_projection, saved_by_name[name])[0]
-                for name, basis in bases.items()
-            }
-        )
+        _warn_of_another({name: fingerprint.factor_distance(b, saved_by_name[name]) for name, b in bases.items()})
     return bases
 
 
@@ -192,12 +186,12 @@ def _checked(
 ) -> Basis:
     """`basis` with the signs of the one that v was trained with; raises if it is another."""
     basis = fingerprint.align(basis, saved)
-    of_factors, of_projection = fingerprint.distances(basis, P, saved)
-    if not of_projection <= SKETCH_TOLERANCE:
+    if not fingerprint.projection_distance(P, saved) <= SKETCH_TOLERANCE:
         raise AdapterFileError(
             f"The projection of module {name!r} is not the one that the adapter was trained with: projection_seed="
             f"{config.projection_seed}, r or u is not what it was saved with. Nothing was loaded."
         )
+    of_factors = fingerprint.factor_distance(basis, saved)
     if of_factors <= SKETCH_TOLERANCE or config.basis == "unchecked":
         return basis
     trained_on = f"It was trained on {config.base_model_name_or_path or 'a model without a name'}"
@@ -221,9 +215,9 @@ def _warn_of_another(distances: Mapping[str, float]) -> None:
 
 
 def _fits(basis: Basis, P: torch.Tensor, saved: torch.Tensor) -> bool:
-    if torch.any(fingerprint.align(basis, saved).A != basis.A):
-        return False
-    return max(fingerprint.distances(basis, P, saved)) <= SKETCH_TOLERANCE
+    """Whether these are the factors, signs included, and the projection that `saved` is a sketch of."""
+    distances = fingerprint.factor_distance(basis, saved), fingerprint.projection_distance(P, saved)
+    return all(distance <= SKETCH_TOLERANCE for distance in distances)
 
 
 def _other_form(trained: str, weights: str) -> str:
@@ -253,21 +247,12 @@ def fingerprint_of(config: PeftConfig) -> dict[str, str]:
 
 
 def _request(source: WeightSource, layer: TinyLoraLayer, adapter_name: str) -> Request:
-    name = layer.weight_names[adapter_name]
-    read = functools.partial(read_weight, source, name, layer)
-    return Request(name, tuple(layer.matrix_shape()), layer.r[adapter_name], read)
+    return request_of(source, layer.weight_names[adapter_name], layer, layer.r[adapter_name])
 
 
 def _build(source: WeightSource, config: PeftConfig, requests: list[Request]) -> dict[str, Basis]:
     # Truncated also for conventions of PEFT: the fingerprint says which signs LAPACK had.
-    return build_bases(
-        requests,
-        sigma=conventions_of(config).sigma,
-        canonical=True,
-        base=source.base,
-        weights=source.form,
-        repository=source.repository,
-    )
+    return build_bases(requests, source, sigma=conventions_of(config).sigma, canonical=True)
 
 
 def _compare_with_base(

@@ -30,33 +30,26 @@ def sketch(basis: Basis, P: torch.Tensor) -> torch.Tensor:
     Returns:
         `torch.Tensor`: shape (2r + 1,), float32, on the CPU.
     """
-    parts = _signed_sums(basis.A.mT), _signed_sums(basis.B), _signed_sums(P.reshape(-1, 1))
-    return torch.cat(parts).float().cpu()
-
-
-def lengths(basis: Basis, P: torch.Tensor) -> torch.Tensor:
-    """The lengths of what [`sketch`] sums: how far apart two sketches of unrelated factors are. Shape (2r + 1,)."""
-    A, B = basis.A.flatten(0, -3) if basis.A.ndim == 3 else basis.A[None], basis.B
-    B = B if B.ndim == 3 else B[None]
-    parts = A.norm(dim=(0, 2)), B.norm(dim=(0, 1)), P.norm()[None]
-    return torch.cat([part.float().cpu() for part in parts])
+    return torch.cat([_sums_of_factors(basis), _signed_sums(P.reshape(-1, 1))])
 
 
 def align(basis: Basis, saved: torch.Tensor) -> Basis:
     """`basis` with the pairs negated that `saved` has negated; not for experts, whose sketch is a sum."""
     if basis.A.ndim == 3:
         return basis
-    r = len(basis.A)
-    now, scale = (f(basis, torch.zeros(1, 1, 1)) for f in (sketch, lengths))
-    agreement = (now * saved / scale.square().clamp_min(torch.finfo(torch.float32).tiny))[: 2 * r].view(2, r).sum(0)
-    signs = torch.where(agreement < 0, -1.0, 1.0).to(basis.A)
+    agreement = _sums_of_factors(basis) * saved[:-1] / _lengths(basis).square()
+    signs = torch.where(agreement.view(2, -1).sum(0) < 0, -1.0, 1.0).to(basis.A)
     return Basis(basis.A * signs[:, None], basis.B * signs, basis.angle)
 
 
-def distances(basis: Basis, P: torch.Tensor, saved: torch.Tensor) -> tuple[float, float]:
-    """Estimates of the relative distance of the factors, and of P, from those that `saved` is a sketch of."""
-    differences = (sketch(basis, P) - saved).abs() / lengths(basis, P).clamp_min(torch.finfo(torch.float32).tiny)
-    return differences[:-1].square().mean().sqrt().item(), differences[-1].item()
+def factor_distance(basis: Basis, saved: torch.Tensor) -> float:
+    """Estimate of the relative distance of the factors from those that `saved` is a sketch of."""
+    return ((_sums_of_factors(basis) - saved[:-1]) / _lengths(basis)).square().mean().sqrt().item()
+
+
+def projection_distance(P: torch.Tensor, saved: torch.Tensor) -> float:
+    """Estimate of the relative distance of P from the one that `saved` is a sketch of."""
+    return ((_signed_sums(P.reshape(-1, 1)) - saved[-1:]).abs() / P.norm().cpu()).item()
 
 
 def encode(sketches: Iterable[torch.Tensor]) -> str:
@@ -105,8 +98,18 @@ def digest_of_tensor(tensor: torch.Tensor) -> str:
     return hashlib.sha256(f"{list(tensor.shape)} {tensor.dtype}".encode() + data).hexdigest()[:16]
 
 
+def _sums_of_factors(basis: Basis) -> torch.Tensor:
+    return torch.cat([_signed_sums(basis.A.mT), _signed_sums(basis.B)])
+
+
+def _lengths(basis: Basis) -> torch.Tensor:
+    """How far apart the sums of unrelated factors are: the lengths of what is summed. Shape (2r,), none of them zero."""
+    lengths = [columns.flatten(0, -2).norm(dim=0).float().cpu() for columns in (basis.A.mT, basis.B)]
+    return torch.cat(lengths).clamp_min(torch.finfo(torch.float32).eps ** 2)
+
+
 def _signed_sums(columns: torch.Tensor) -> torch.Tensor:
-    """Sums over all but the last dimension, with signs fixed by position: (..., n, r) -> (r,)."""
+    """Sums over all but the last dimension, with signs fixed by position: (..., n, r) -> (r,), float32, on the CPU."""
     rows = columns.double().flatten(0, -2)
     signs = torch.randint(2, (len(rows),), generator=torch.Generator().manual_seed(len(rows)))
-    return (2 * signs - 1).to(rows) @ rows
+    return ((2 * signs - 1).to(rows) @ rows).float().cpu()
