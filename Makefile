@@ -5,7 +5,8 @@
 #                   Linux machine without an NVIDIA GPU takes the CPU build from PyTorch's own index, so as not to
 #                   download gigabytes of CUDA packages; any other machine, or one that cannot reach that index, takes
 #                   what pip's own configuration offers.
-# ARGS              more arguments for pytest in `make test`, `test-peft`, `test-backends` and `test-zero3`, or for `make benchmark`
+# ARGS              more arguments for pytest in `make test`, `test-peft`, `test-backends` and `test-zero3`, or for
+#                   `make benchmark` and `benchmark-basis`
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=

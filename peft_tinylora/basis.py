@@ -25,8 +25,7 @@ class Basis(NamedTuple):
         A (`torch.Tensor`): shape (r, in), or (experts, r, in).
         B (`torch.Tensor`): shape (out, r), or (experts, out, r).
         angle (`float`): bound on the sine of the angle of each vector to the exact one, before its rounding to the dtype
-            of the weight (about 1e-7 in fp32); infinite where leading values
-            coincide or nothing is known of the factors.
+            of the weight (about 1e-7 in fp32); infinite where leading values coincide or nothing is known of the factors.
     """
 
     A: torch.Tensor

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import huggingface_hub.constants
+import safetensors
 import safetensors.torch
 import torch
 
@@ -136,12 +137,17 @@ def read(path: Path) -> dict[str, Basis]:
         return {}
     with suppress(OSError):  # a cache that is shared read-only
         os.utime(path)  # says when it was last used
-    tensors = safetensors.torch.load(data)
+    try:
+        return _to_bases(safetensors.torch.load(data))
+    except (safetensors.SafetensorError, KeyError, RuntimeError):
+        logger.warning("%s is no basis file, for all that its checksum is right, and is not used.", path)
+        return {}
+
+
+def _to_bases(tensors: Mapping[str, torch.Tensor]) -> dict[str, Basis]:
     names = [key.removesuffix(".angle") for key in tensors if key.endswith(".angle")]
     return {
-        name: Basis(tensors[f"{name}.A"], tensors[f"{name}.B"], tensors[f"{name}.angle"].item())
-        for name in names
-        if f"{name}.A" in tensors and f"{name}.B" in tensors
+        name: Basis(*(tensors[f"{name}.{kind}"] for kind in "AB"), tensors[f"{name}.angle"].item()) for name in names
     }
 
 
@@ -160,10 +166,10 @@ def write(path: Path, bases: Mapping[str, Basis], base: str, weights: str) -> No
         tensors[f"{name}.B"] = basis.B.cpu().contiguous()
         tensors[f"{name}.angle"] = torch.tensor(basis.angle, dtype=torch.float32)
     r = max(basis.A.shape[-2] for basis in bases.values())
+    # Of a local folder the name alone: the file may be pushed.
+    base = os.path.basename(os.path.realpath(base)) if os.path.isdir(base) else base
     metadata = {"format": "pt", "base": base, "weights": weights, "r": str(r), "modules": str(len(bases))}
-    data = safetensors.torch.save(tensors, {**metadata, "sha256": NO_DIGEST.decode()})
-    digest = hashlib.sha256(data).hexdigest()
-    data = data.replace(b'"sha256":"' + NO_DIGEST, b'"sha256":"' + digest.encode(), 1)
+    data = signed(safetensors.torch.save(tensors, {**metadata, "sha256": NO_DIGEST.decode()}))
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,6 +182,12 @@ def write(path: Path, bases: Mapping[str, Basis], base: str, weights: str) -> No
         logger.warning("the basis could not be kept in %s (%s); it will be computed again.", path, error)
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def signed(data: bytes) -> bytes:
+    """The bytes of a file with zeros for its SHA-256 -> with the SHA-256 of those bytes in their place."""
+    digest = hashlib.sha256(data).hexdigest().encode()
+    return data.replace(b'"sha256":"' + NO_DIGEST, b'"sha256":"' + digest, 1)
 
 
 def is_sound(path: Path) -> bool:

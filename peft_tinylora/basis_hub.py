@@ -1,7 +1,8 @@
 """Basis files <-> a repository on the Hub, so that whoever downloads an adapter need not compute its basis.
 
 A repository holds files of the cache under their own names, at its root: one for each form of the weights, rank and set
-of modules. What is fetched is checked like what is cached; nothing in it is executed.
+of modules. What is fetched is checked like what is cached; nothing in it is executed. The token is the one that
+`hf auth login` keeps.
 """
 
 import logging
@@ -17,13 +18,12 @@ from .errors import BasisError
 logger = logging.getLogger(__name__)
 
 
-def push(path: Path, repository: str, *, token: str | None = None, private: bool | None = None) -> str:
+def push(path: Path, repository: str, private: bool | None = None) -> str:
     """Upload a file of the cache, as one commit; the repository is made if there is none.
 
     Args:
         path (`Path`): the file.
         repository (`str`): Hub id, "user/name".
-        token (`str`, *optional*): defaults to the one that `hf auth login` keeps.
         private (`bool`, *optional*): of a repository that is made here.
 
     Returns:
@@ -35,27 +35,26 @@ def push(path: Path, repository: str, *, token: str | None = None, private: bool
     """
     if not basis_cache.is_sound(path):
         raise BasisError(f"{path} is damaged or no basis file, and was not pushed: run `peft-tinylora basis build`.")
-    api = HfApi(token=token, library_name="peft_tinylora")
+    api = HfApi(library_name="peft_tinylora")
     api.create_repo(repository, exist_ok=True, private=private)
     message = f"Basis {path.name} with peft_tinylora"
     done = api.upload_file(path_or_fileobj=path, path_in_repo=path.name, repo_id=repository, commit_message=message)
     return done.commit_url
 
 
-def fetch(repository: str, name: str, *, token: str | None = None) -> Path | None:
+def fetch(repository: str, name: str) -> Path | None:
     """Download a basis file, or find it in the Hub's own cache.
 
     Args:
         repository (`str`): Hub id.
         name (`str`): from [`basis_cache.file_name`].
-        token (`str`, *optional*): defaults to the one that `hf auth login` keeps.
 
     Returns:
         `Path`, or `None`, with a warning, where the repository has none or cannot be reached: then the basis is
         computed.
     """
     try:
-        return Path(hf_hub_download(repository, name, token=token, library_name="peft_tinylora"))
+        return Path(hf_hub_download(repository, name, library_name="peft_tinylora"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         logger.warning("no basis %s from %r (%s): it is computed.", name, repository, reason)

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from . import basis_cache, basis_hub
 from .assignment import requests_of
-from .build import build_bases, verified
+from .basis import Basis
+from .build import build_bases, file_name, verified
 from .config import TinyLoraConfig
 from .convert import FORMS, convert_adapter
 from .errors import BasisError, TinyLoraError
@@ -118,18 +119,20 @@ class BaseBasis:
     def __init__(self, options: argparse.Namespace) -> None:
         targets = options.target_modules[0] if len(options.target_modules) == 1 else options.target_modules
         config = TinyLoraConfig(r=options.r, tie="none", target_modules=targets)
-        self.requests, source = requests_of(load_base(options.model, options), config)
-        self.where = {"base": source.base, "weights": source.form}
-        modules = [(request.key, request.shape, request.r) for request in self.requests]
-        self.name = basis_cache.file_name(source.form, canonical=True, modules=modules)
-        path = basis_cache.place(source.base, self.name)
+        self.requests, self.source = requests_of(load_base(options.model, options), config)
+        self.name = file_name(self.requests, self.source)
+        path = basis_cache.place(self.source.base, self.name)
         if path is None:
             raise BasisError("the basis cache is switched off: unset PEFT_TINYLORA_CACHE, or name a folder.")
         self.path: Path = path
 
-    def build(self, repository: str | None = None) -> None:
+    def build(self) -> None:
         """Compute what is not kept yet, and keep it."""
-        build_bases(self.requests, sigma="left", canonical=True, repository=repository, **self.where)
+        build_bases(self.requests, self.source, sigma="left", canonical=True)
+
+    def wrong_modules(self, kept: dict[str, Basis]) -> list[str]:
+        """The modules of which `kept` has no basis of their weight."""
+        return [q.key for q in self.requests if verified(kept.get(q.key), q.read(), q) is None]
 
 
 def list_bases(options: argparse.Namespace) -> int:
@@ -165,10 +168,11 @@ def build_basis(options: argparse.Namespace) -> int:
 def verify_bases(options: argparse.Namespace) -> int:
     """Checks every file, or the factors of one base model; prints what fails."""
     if options.model is None:
-        damaged = [entry.path for entry in basis_cache.entries() if not entry.metadata]
+        entries = basis_cache.entries()
+        damaged = [entry.path for entry in entries if not entry.metadata]
         for path in damaged:
             print(f"damaged: {path}")
-        print(f"{len(basis_cache.entries())} files, {len(damaged)} damaged")
+        print(f"{len(entries)} files, {len(damaged)} damaged")
         return int(bool(damaged))
     basis = BaseBasis(options)
     kept = basis_cache.read(basis.path)
@@ -176,7 +180,7 @@ def verify_bases(options: argparse.Namespace) -> int:
         raise BasisError(
             f"no sound basis of {options.model} is kept in {basis.path}: run `peft-tinylora basis build`."
         )
-    wrong = [q.key for q in basis.requests if verified(kept.get(q.key), q.read(), q) is None]
+    wrong = basis.wrong_modules(kept)
     for key in wrong:
         print(f"not of these weights: {key}")
     print(f"{len(basis.requests)} modules, {len(wrong)} with another basis, in {basis.path}")
@@ -203,11 +207,17 @@ def push_basis(options: argparse.Namespace) -> int:
 
 
 def pull_basis(options: argparse.Namespace) -> int:
-    """Downloads the basis of a base model into the cache, every factor checked against the weights."""
+    """Downloads the basis of a base model into the cache, once every factor was checked against the weights."""
     basis = BaseBasis(options)
-    if basis_hub.fetch(options.repository, basis.name) is None:
-        return 1
-    basis.build(options.repository)
+    fetched = basis_hub.fetch(options.repository, basis.name)
+    kept = {} if fetched is None else basis_cache.read(fetched)
+    wrong = basis.wrong_modules(kept)
+    if wrong:
+        raise BasisError(
+            f"{options.repository} has no basis of {len(wrong)} of {len(basis.requests)} modules, such as {wrong[0]!r}; "
+            "nothing was kept. Load the base model as it was pushed, or run `peft-tinylora basis build`."
+        )
+    basis_cache.write(basis.path, kept, basis.source.base, basis.source.form)
     print(f"{len(basis.requests)} modules verified: {basis.path}")
     return 0
 

@@ -37,7 +37,8 @@ def align(basis: Basis, saved: torch.Tensor) -> Basis:
     """`basis` with the pairs negated that `saved` has negated; not for experts, whose sketch is a sum."""
     if basis.A.ndim == 3:
         return basis
-    agreement = _sums_of_factors(basis) * saved[:-1] / _lengths(basis).square()
+    lengths = _lengths(basis)
+    agreement = (_sums_of_factors(basis) / lengths) * (saved[:-1] / lengths)  # a product of small ones would underflow
     signs = torch.where(agreement.view(2, -1).sum(0) < 0, -1.0, 1.0).to(basis.A)
     return Basis(basis.A * signs[:, None], basis.B * signs, basis.angle)
 
@@ -104,12 +105,12 @@ def _sums_of_factors(basis: Basis) -> torch.Tensor:
 
 def _lengths(basis: Basis) -> torch.Tensor:
     """How far apart the sums of unrelated factors are: the lengths of what is summed. Shape (2r,), none of them zero."""
-    lengths = [columns.flatten(0, -2).norm(dim=0).float().cpu() for columns in (basis.A.mT, basis.B)]
-    return torch.cat(lengths).clamp_min(torch.finfo(torch.float32).eps ** 2)
+    lengths = [columns.cpu().double().flatten(0, -2).norm(dim=0).float() for columns in (basis.A.mT, basis.B)]
+    return torch.cat(lengths).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 def _signed_sums(columns: torch.Tensor) -> torch.Tensor:
     """Sums over all but the last dimension, with signs fixed by position: (..., n, r) -> (r,), float32, on the CPU."""
-    rows = columns.double().flatten(0, -2)
+    rows = columns.cpu().double().flatten(0, -2)  # not every device has float64
     signs = torch.randint(2, (len(rows),), generator=torch.Generator().manual_seed(len(rows)))
-    return ((2 * signs - 1).to(rows) @ rows).float().cpu()
+    return ((2 * signs - 1).to(rows) @ rows).float()

@@ -54,8 +54,9 @@ class OriginalWeights:
                 f"basis='full-precision': {self.name} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}. "
                 "Convert the checkpoint to safetensors, or leave `basis` out."
             )
-        files = json.loads(index.read_text())["weight_map"]
-        return {tensor: find(file) for tensor, file in files.items()}
+        file_of = json.loads(index.read_text())["weight_map"]
+        paths = {file: find(file) for file in set(file_of.values())}  # each asks the Hub
+        return {tensor: paths[file] for tensor, file in file_of.items()}
 
     def read(self, key: str, layer: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
         """W (out, in) of a module, in fp32 or better, on the CPU.

@@ -86,10 +86,11 @@ def check_supported(layer: nn.Module, name: str, backend: QuantizationBackend | 
 
 def check_parameter(parameter: torch.Tensor, name: str) -> None:
     """Raise [`UnsupportedModuleError`] unless a parameter is a floating point matrix, or one for each expert."""
-    if len(stored_shape(parameter)) not in (2, 3):
+    shape = tuple(stored_shape(parameter))
+    if len(shape) not in (2, 3):
         raise UnsupportedModuleError(
-            f"Target parameter {name!r} has shape {tuple(stored_shape(parameter))}: only matrices (out, in) and stacks of them "
-            "(experts, out, in) can be adapted. Take it out of `target_parameters`."
+            f"Target parameter {name!r} has shape {shape}: only matrices (out, in) and stacks of them (experts, out, in) "
+            "can be adapted. Take it out of `target_parameters`."
         )
     check_floating(parameter, name)
 

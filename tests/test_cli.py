@@ -25,7 +25,7 @@ def test_build_list_verify_clear(base, capsys) -> None:
     assert "8 modules in" in capsys.readouterr().out
     assert main(["basis", "list"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count(base) == 2 and "2 files" in printed and "of at most 2000 MB" in printed
+    assert printed.count("  base\n") == 2 and "2 files" in printed and "of at most 2000 MB" in printed
     assert main(["basis", "verify"]) == 0
     assert "2 files, 0 damaged" in capsys.readouterr().out
     assert main(["basis", "verify", base]) == 0

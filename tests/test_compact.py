@@ -395,6 +395,17 @@ def test_forms_of_the_base_are_not_exchanged_silently(folder, tmp_path) -> None:
     assert torch.nn.functional.cosine_similarity(delta(model), updates["4-bit"], dim=0) > 0.8
 
 
+def test_full_precision_from_a_checkpoint_in_several_files(folder, tmp_path) -> None:
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "sharded", max_shard_size="50KB")
+    assert len(list((tmp_path / "sharded").glob("model-*.safetensors"))) > 3
+    settings = TinyLoraConfig(**TILED, basis="full-precision")
+    model = get_peft_model(load_in_4bit(tmp_path / "sharded"), settings)
+    plain = get_peft_model(AutoModelForCausalLM.from_pretrained(folder), TinyLoraConfig(**TILED))
+    fill_vectors(model, 0.5)
+    fill_vectors(plain, 0.5)
+    assert torch.equal(delta(model), delta(plain))
+
+
 def test_full_precision_without_a_checkpoint_says_what_to_do(folder) -> None:
     from peft_tinylora import BasisError
 

@@ -50,6 +50,15 @@ def test_signs_are_those_of_the_sketch() -> None:
         assert torch.equal(aligned.A, flipped.A) and torch.equal(aligned.B, flipped.B)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_signs_and_distances_of_small_and_large_factors(scale: float) -> None:
+    basis, P = factors()
+    basis = Basis(basis.A, basis.B * scale)
+    flipped = Basis(-basis.A, -basis.B)
+    assert torch.equal(align(basis, sketch(flipped, P)).A, flipped.A)
+    assert factor_distance(basis, sketch(Basis(basis.A, 1.1 * basis.B), P)) > 0.02
+
+
 def test_experts_and_zero_factors() -> None:
     zero = Basis(torch.zeros(2, 30), torch.zeros(40, 2))
     P = torch.randn(1, 2, 2)

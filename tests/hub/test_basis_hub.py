@@ -60,6 +60,7 @@ def hub(folder):
         [(name, data)] = hub.repositories["user/basis"].items()
         assert name.startswith("r2-float-") and f"pushed {name}" in pushed.stdout
         assert "hf_secret" not in pushed.stdout + pushed.stderr and b"hf_secret" not in data
+        assert str(folder).encode() not in data  # where the base is on that machine
         yield hub
 
 
@@ -127,6 +128,10 @@ def test_a_basis_that_cannot_be_used_is_computed(hub, folder, monkeypatch, damag
     else:
         repositories.clear()
     monkeypatch.setattr(hub, "repositories", repositories)
+    pulled = cli(hub, folder, "puller", "basis", "pull", str(folder / "base"), "user/basis")
+    assert pulled.returncode == 1
+    assert "has no basis of 28 of 28 modules" in pulled.stderr.strip().splitlines()[-1]
+    assert not list((folder / "puller" / "basis").glob("*/*"))
     done = script(hub, folder, damage.replace(" ", "_"), USE)
     assert done.stdout.splitlines()[0] == "computed 28"
     assert SAID[damage] in done.stderr
