@@ -154,6 +154,9 @@ def _unpack_file(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
             tensors = peft.load_peft_weights(folder, device="cpu", **options)
         except SafetensorError as error:
             raise damaged_file(error) from error
+        arguments["peft_model_id"] = (
+            None  # or the Hub is asked for it once more, without the token in `adapter_kwargs`
+        )
     arguments["adapter_state_dict"] = unpack_file(model, config, tensors)
 
 

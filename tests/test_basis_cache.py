@@ -62,6 +62,15 @@ def test_a_second_adapter_is_made_and_loaded_without_computing(base_folder, toke
         assert "tinylora_P" in name or torch.equal(factor, factors(first)[name])
 
 
+def test_a_long_build_shows_its_progress_and_a_short_one_says_nothing(base_folder, monkeypatch, capfd) -> None:
+    adapt(base_folder)
+    assert "Basis" not in capfd.readouterr().err
+    monkeypatch.setattr(build, "SECONDS_UNTIL_PROGRESS", 0)
+    adapt(base_folder, r=1)
+    said = capfd.readouterr().err
+    assert "Basis" in said and "/28" in said
+
+
 def test_other_settings_have_files_of_their_own(base_folder, basis_cache_folder, computed) -> None:
     adapt(base_folder)
     for fields in ({"r": 1}, {"target_modules": ["q_proj"]}):

@@ -105,12 +105,37 @@ def test_loading_a_portable_file_computes_no_basis(tiny_llama, tokens, portable,
         raise AssertionError("a basis was computed")
 
     monkeypatch.setattr(build, "compute_basis", forbidden)
+    monkeypatch.setattr(torch.linalg, "svd", forbidden)
     folder, logits = portable
     model = PeftModel.from_pretrained(tiny_llama(), folder)
     model.load_adapter(folder, adapter_name="again")
     assert torch.equal(model(tokens).logits, logits)
     with pytest.raises(AssertionError, match="a basis was computed"):  # the guard can fail
         get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
+
+
+@pytest.mark.parametrize("tying", [{"tie": "tiled", "n_tie": 2}, {"tie": "structured", "n_tie": 2}, {"tie": "none"}])
+@pytest.mark.parametrize("save_basis", [False, True])
+def test_finer_tying_comes_back(tiny_llama, tokens, tmp_path, tying: dict, save_basis: bool) -> None:
+    settings = {"r": 2, "u": 3, "target_modules": "all-linear", **tying}
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**settings, save_basis=save_basis))
+    fill_vectors(model, 0.5)
+    assert len(model.tinylora_v["default"]) > 2
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(tiny_llama(), tmp_path)(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("save_projection", [False, True])
+def test_a_config_of_pefts_own_fields_has_its_projection_in_the_file_if_asked(
+    tiny_llama, tokens, tmp_path, save_projection: bool
+) -> None:
+    config = peft.TinyLoraConfig(r=2, u=4, target_modules=["q_proj", "v_proj"], save_projection=save_projection)
+    model = get_peft_model(tiny_llama(), config)
+    fill_vectors(model, 0.5)
+    model.save_pretrained(tmp_path)
+    keys = load_file(tmp_path / "adapter_model.safetensors")
+    assert any("tinylora_P" in key for key in keys) is save_projection
+    assert torch.equal(PeftModel.from_pretrained(tiny_llama(), tmp_path)(tokens).logits, model(tokens).logits)
 
 
 @pytest.mark.parametrize("use", ["forward", "merge", "save", "move"])

@@ -51,7 +51,7 @@ def test_other_ranks(r: int) -> None:
 def test_large_trained_like_weights_need_no_gram_matrix(monkeypatch) -> None:
     from peft_tinylora import triplets
 
-    monkeypatch.setattr(triplets, "_by_gram", lambda *_: pytest.fail("the slow way was taken"))
+    monkeypatch.setattr(triplets, "gram_block", lambda *_: pytest.fail("the slow way was taken"))
     leading_triplets(trained_like(600, 400), 2)
     with pytest.raises(pytest.fail.Exception):  # the guard can fail
         leading_triplets(torch.randn(600, 400), 2)
