@@ -7,6 +7,7 @@ training.py         the command that measures GRPO and SFT side by side and prin
 training_cell.py    one cell of that table, in a process of its own
 basis.py            the command that measures the frozen factors beside stock PEFT: time, exactness, files, memory
 basis_cell.py       one row of its tables, in a process of its own
+algorithms.py       ways to a weight's leading singular triplets, side by side: why peft_tinylora has the one it has
 merging.py          what is left of an adapter once it is merged
 results/            tables that were measured, each with its command, machine, versions and date
 """

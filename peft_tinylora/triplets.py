@@ -1,24 +1,26 @@
 """Dense weight W -> its leading singular triplets, with a bound on their error.
 
 Only the leading r of thousands are needed, from products with W. How they are found, chosen by measurement
-(benchmarks/basis.py; figures in benchmarks/results/basis_cpu.md):
+(benchmarks/algorithms.py; figures in benchmarks/results/algorithms_cpu.md):
 
-1. The smaller side has at most `GRAM_SIDE` rows: the Gram matrix of that side in fp64, and all of its eigenvectors.
+1. The smaller side has at most `GRAM_SIDE` rows: the Gram matrix of that side in fp64, and all of its eigenvectors, some
+   milliseconds whatever the spectrum.
 2. Otherwise block Krylov: from a fixed random block, `W` and `W^T` in turn, until the residual of the Ritz vectors falls
-   under the tolerance; six steps for the spectrum of a trained weight. Then once more in fp64, on the leading block.
-   `torch.svd_lowrank` makes a fixed number of steps and misses the subspace, `torch.lobpcg` is slower on the same
-   spectra and 100 times so on Gaussian ones, scipy's Lanczos has one vector at a time where a block of eight costs the
-   same pass over memory.
-3. Where that does not reach the tolerance (a Gaussian weight, whose leading values differ by a thousandth), the Gram
-   matrix as in 1, whatever the time; and where the last value is so small that squaring loses it, a full decomposition.
+   under the tolerance: six steps for the spectrum of a trained weight, up to fifty for a Gaussian one, whose leading
+   values differ by a thousandth. Where the rounding of fp32 products is what is left, a few more steps in fp64.
+3. Where that does not reach the tolerance (equal leading values), the Gram matrix as in 1, whatever the time.
 
-Every way ends with the same certificate, measured in fp64 against W itself: see [`Triplets`]. Beside a large W the second
-needs about a tenth of its size; the third, for a square W in fp32, up to eight times.
+`torch.svd_lowrank` makes a fixed number of steps, and with few of them misses the subspace. `torch.lobpcg` wants the Gram
+matrix. scipy's ARPACK is as fast as block Krylov, but keeps its vectors on the CPU and, from fp32 products, leaves them a
+thousandth off on Gaussian weights.
 
-The one trap: the layout of thin products. `rows @ W` and `rows @ W.T` run at the speed of memory, `W.T @ columns` four
-times slower in MKL; so blocks of vectors are rows here.
+Every way ends with the same certificate, measured in fp64 against W itself: see [`Triplets`].
+
+The one trap: the layout of thin products. `W.T @ columns` takes four times as long as `rows @ W` in MKL; so blocks of
+vectors are rows here.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
@@ -28,15 +30,17 @@ import torch
 
 # The largest sine of the angle between a computed vector and the exact one that is accepted without a slower method.
 ANGLE = 1e-4
-GRAM_SIDE = 256  # up to here the Gram matrix is faster than block Krylov
+GRAM_SIDE = 256
 GUARD_VECTORS = 6  # rows of a block beyond r
-MOST_STEPS = 16  # beyond this many the Gram matrix is faster
+MOST_STEPS, MOST_EXACT_STEPS = 64, 16  # of block Krylov; a Gaussian weight of 3584 x 18944 takes 48 and 8
 # What is left of the residual, relative to the largest singular value, when fp32 products are all that limits it.
 FP32_FLOOR = 6e-7
 # Relative to the largest value. Below it the vectors turn by a hundredth with the rounding of the weight itself to fp32,
 # as between two devices that dequantize it.
 LEAST_GAP = 3e-6
 CHUNK_ELEMENTS = 1 << 18  # of W are converted to fp64 at once
+
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Triplets(NamedTuple):
@@ -84,7 +88,10 @@ def leading_triplets(W: torch.Tensor, r: int) -> Triplets:
         zeros = W.new_zeros(r, sum(W.shape), dtype=torch.float64)
         return Triplets(zeros[:, : W.shape[0]], zeros[:, 0], zeros[:, W.shape[0] :], residual=0.0, gap=1.0)
     if min(W.shape) > max(GRAM_SIDE, 8 * (r + GUARD_VECTORS)):
-        found = certify(W, r, krylov_block(W, r, scale))
+        block = krylov_block(W, r, random_block(W, r), scale)
+        found = certify(W, r, block)
+        if found.angle > ANGLE:
+            found = certify(W, r, krylov_block(W, r, block, scale, is_exact=True))
         if found.angle <= ANGLE:
             return found
     return certify(W, r, gram_block(W, r))
@@ -113,40 +120,66 @@ def _is_wide(W: torch.Tensor) -> bool:
     return W.shape[0] < W.shape[1]
 
 
-def _products(
-    W: torch.Tensor,
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]:
-    """Rows on the smaller side of W -> rows on the larger, and back, in the dtype of W."""
-    to_out, to_in = (lambda rows: rows @ W.T), (lambda rows: rows @ W)
+def _products(W: torch.Tensor, is_exact: bool) -> tuple[Product, Product]:
+    """Rows on the smaller side of W -> rows on the larger, and back; in the dtype of W, or in fp64."""
+    to_out, to_in = (lambda rows: rows.to(W.dtype) @ W.T), (lambda rows: rows.to(W.dtype) @ W)
+    if is_exact:
+        to_out, to_in = functools.partial(_to_out, W), functools.partial(_to_in, W)
     return (to_in, to_out) if _is_wide(W) else (to_out, to_in)
 
 
-def krylov_block(W: torch.Tensor, r: int, scale: float) -> torch.Tensor:
-    """Block Krylov: orthonormal rows (r + GUARD_VECTORS, smaller side) that hold the leading vectors, in fp64."""
-    to_larger, to_smaller = _products(W)
-    n, block = min(W.shape), r + GUARD_VECTORS
-    # Drawn on the CPU: the same start, and so the same factors, on every device.
-    start = torch.randn(block, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(W.device)
-    Q = _orthonormal(start)
-    basis, images, returns = Q, [], []
-    for step in range(MOST_STEPS):
-        images.append(to_larger(Q.to(W.dtype)) / scale)
+def random_block(W: torch.Tensor, r: int) -> torch.Tensor:
+    """Orthonormal rows on the smaller side. Drawn on the CPU: the same, and so the same factors, on every device."""
+    start = torch.randn(
+        r + GUARD_VECTORS, min(W.shape), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    return _orthonormal(start.to(W.device))
+
+
+def krylov_block(W: torch.Tensor, r: int, start: torch.Tensor, scale: float, is_exact: bool = False) -> torch.Tensor:
+    """Block Krylov from `start`: orthonormal rows on the smaller side, as many, that hold the leading vectors, in fp64.
+
+    `scale` keeps squares of W's values within fp32; `is_exact` makes the products in fp64.
+    """
+    to_larger, to_smaller = _products(W, is_exact)
+    most_steps, floor = (MOST_EXACT_STEPS, 0.0) if is_exact else (MOST_STEPS, FP32_FLOOR)
+    block = len(start)
+    most_steps = min(most_steps, min(W.shape) // (2 * block))
+    basis, images, returns = [start], [], []
+    gram = start.new_zeros(0, 0)  # of the images
+    for step in range(1, most_steps + 1):
+        images.append(to_larger(basis[-1]) / scale)
         returns.append(to_smaller(images[-1]) / scale)
-        Y = torch.cat(images).double()
-        squares, mix = torch.linalg.eigh(Y @ Y.T)
-        S = squares.flip(0)[: r + 1].clamp_min(0).sqrt()
-        ritz = mix.flip(1)[:, :block].T
-        errors = ritz[:r] @ torch.cat(returns).double() / S[:r, None] - S[:r, None] * (ritz[:r] @ basis)
-        done = errors.norm(dim=1) <= (ANGLE / 3 * _gap(S)).clamp_min(FP32_FLOOR * S[0])
-        if step >= 2 and (done | (S[:r] <= FP32_FLOOR * S[0])).all():
-            break
-        Z = returns[-1].double()
-        for _ in range(2):
-            Z = Z - (Z @ basis.T) @ basis
-            Z = _orthonormal(Z)
-        Q = Z
-        basis = torch.cat([basis, Q])
-    return ritz @ basis[: ritz.shape[1]]
+        newest = images[-1].double()
+        column = torch.cat([image.double() @ newest.T for image in images])
+        gram = torch.cat([torch.cat([gram, column[:-block]], dim=1), column.T])
+        if step == most_steps or (
+            step >= 3 and (step <= 8 or step % 4 == 0)
+        ):  # a look costs as much as a step later on
+            squares, mix = torch.linalg.eigh(gram)
+            S = squares.flip(0)[: r + 1].clamp_min(0).sqrt()
+            ritz = mix.flip(1)[:, :block].T
+            errors = _sum(ritz[:r], returns) / S[:r, None] - S[:r, None] * _sum(ritz[:r], basis)
+            done = errors.norm(dim=1) <= (ANGLE / 3 * _gap(S)).clamp_min(floor * S[0])
+            if (done | (S[:r] <= FP32_FLOOR * S[0])).all():
+                break
+        if step < most_steps:
+            basis.append(_orthonormal_to(basis, returns[-1].double()))
+    return _sum(ritz, basis)
+
+
+def _sum(weights: torch.Tensor, blocks: list[torch.Tensor]) -> torch.Tensor:
+    """weights @ the rows of all blocks, in fp64, without a copy of them."""
+    parts = weights.split(len(blocks[0]), dim=1)
+    return sum(part @ block.double() for part, block in zip(parts, blocks, strict=True))
+
+
+def _orthonormal_to(basis: list[torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    for _ in range(2):  # once leaves what rounding makes of nearly dependent rows
+        for block in basis:
+            rows = rows - (rows @ block.T) @ block
+        rows = _orthonormal(rows)
+    return rows
 
 
 def gram_block(W: torch.Tensor, r: int) -> torch.Tensor:
@@ -161,14 +194,14 @@ def gram_block(W: torch.Tensor, r: int) -> torch.Tensor:
 
 def certify(W: torch.Tensor, r: int, block: torch.Tensor) -> Triplets:
     """Rayleigh-Ritz in fp64 within the rows of `block` (smaller side), and what is left of the residual."""
-    to_larger, to_smaller = (_to_in, _to_out) if _is_wide(W) else (_to_out, _to_in)
-    images = to_larger(W, block)
+    to_larger, to_smaller = _products(W, is_exact=True)
+    images = to_larger(block)
     squares, mix = torch.linalg.eigh(images @ images.T)
     order = squares.argsort(descending=True)[: r + 1]
     small, large = mix[:, order].T @ block, mix[:, order].T @ images
     S = large.norm(dim=1)
     large = large / S[:, None].clamp_min(torch.finfo(torch.float64).tiny)
-    errors = (to_smaller(W, large) - S[:, None] * small).norm(dim=1)
+    errors = (to_smaller(large) - S[:, None] * small).norm(dim=1)
     # The r+1-th may still be larger than its Ritz value by its own residual. Where there is none it counts as zero.
     S = torch.cat([S[:r], (S[r:] + errors[r:]).clamp_max(S[r - 1]), S.new_zeros(r + 1 - len(S))])
     zero = S[:r] <= 16 * torch.finfo(W.dtype).eps * S[0]

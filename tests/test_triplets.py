@@ -6,6 +6,8 @@ import pytest
 import torch
 from support import run_python_process
 
+from benchmarks.peak import PeakMemory
+from peft_tinylora import triplets
 from peft_tinylora.triplets import ANGLE, exact_products, leading_triplets
 
 
@@ -48,13 +50,33 @@ def test_other_ranks(r: int) -> None:
     assert found.angle <= ANGLE and sines(W, found).max() <= max(found.angle, 1e-12)
 
 
-def test_large_trained_like_weights_need_no_gram_matrix(monkeypatch) -> None:
-    from peft_tinylora import triplets
-
+def test_the_gram_matrix_is_for_small_weights_and_equal_values(monkeypatch) -> None:
     monkeypatch.setattr(triplets, "gram_block", lambda *_: pytest.fail("the slow way was taken"))
     leading_triplets(trained_like(600, 400), 2)
+    leading_triplets(torch.randn(600, 400), 2)
     with pytest.raises(pytest.fail.Exception):  # the guard can fail
-        leading_triplets(torch.randn(600, 400), 2)
+        leading_triplets(orthogonal(400), 2)
+
+
+def test_products_in_float64_finish_what_float32_cannot(monkeypatch) -> None:
+    steps = []
+    original = triplets.krylov_block
+    monkeypatch.setattr(
+        triplets, "krylov_block", lambda *a, is_exact=False: steps.append(is_exact) or original(*a, is_exact=is_exact)
+    )
+    spectrum = torch.cat([torch.tensor([2.0, 1.0, 0.999]), torch.linspace(0.9, 0, 397)])
+    W = orthogonal(400, seed=1) * spectrum @ orthogonal(400).T
+    found = leading_triplets(W, 2)
+    assert steps == [False, True]
+    assert found.angle <= ANGLE and sines(W, found).max() <= found.angle
+
+
+@pytest.mark.parametrize("spectrum", ["trained", "gaussian"])
+def test_less_than_one_more_weight_is_in_memory(spectrum: str) -> None:
+    W = trained_like(2000, 1500) if spectrum == "trained" else torch.randn(2000, 1500)
+    with PeakMemory() as memory:
+        leading_triplets(W, 2)
+    assert memory.peak_bytes - memory.start_bytes < W.nbytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -106,8 +128,8 @@ def test_low_precision_that_is_allowed_elsewhere_does_not_matter() -> None:
     assert torch.equal(found.V, exact.V)
 
 
-def orthogonal(n: int) -> torch.Tensor:
-    return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(0)))[0]
+def orthogonal(n: int, seed: int = 0) -> torch.Tensor:
+    return torch.linalg.qr(torch.randn(n, n, generator=torch.Generator().manual_seed(seed)))[0]
 
 
 @pytest.mark.parametrize("n", [30, 300])
