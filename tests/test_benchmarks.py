@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import training
 from benchmarks.peak import PeakMemory, bytes_alive
@@ -31,6 +32,13 @@ def test_a_storage_is_counted_once():
     whole = torch.zeros(1000, 1000)
     part = whole[10:20]
     assert bytes_alive() - before == whole.nbytes, part.shape
+
+
+def test_what_torch_compile_leaves_is_not_counted():
+    before = bytes_alive()
+    with FakeTensorMode():
+        fake = torch.zeros(1000)
+    assert bytes_alive() == before, fake.shape
 
 
 # --- the table
