@@ -30,6 +30,7 @@ import torch
 
 # The largest sine of the angle between a computed vector and the exact one that is accepted without a slower method.
 ANGLE = 1e-4
+RESIDUAL = 3e-6  # of block Krylov at most, relative to the largest value; a kept basis is believed up to 2e-5
 GRAM_SIDE = 256
 GUARD_VECTORS = 6  # rows of a block beyond r
 MOST_STEPS, MOST_EXACT_STEPS = 64, 16  # of block Krylov; a Gaussian weight of 3584 x 18944 takes 48 and 8
@@ -160,7 +161,7 @@ def krylov_block(W: torch.Tensor, r: int, start: torch.Tensor, scale: float, is_
             S = squares.flip(0)[: r + 1].clamp_min(0).sqrt()
             ritz = mix.flip(1)[:, :block].T
             errors = _sum(ritz[:r], returns) / S[:r, None] - S[:r, None] * _sum(ritz[:r], basis)
-            done = errors.norm(dim=1) <= (ANGLE / 3 * _gap(S)).clamp_min(floor * S[0])
+            done = errors.norm(dim=1) <= (ANGLE / 3 * _gap(S)).clamp(floor * S[0], RESIDUAL * S[0])
             if (done | (S[:r] <= FP32_FLOOR * S[0])).all():
                 break
         if step < most_steps:

@@ -7,7 +7,7 @@ import torch
 from support import run_python_process
 
 from benchmarks.peak import PeakMemory
-from peft_tinylora import triplets
+from peft_tinylora import build, triplets
 from peft_tinylora.triplets import ANGLE, exact_products, leading_triplets
 
 
@@ -69,6 +69,13 @@ def test_products_in_float64_finish_what_float32_cannot(monkeypatch) -> None:
     found = leading_triplets(W, 2)
     assert steps == [False, True]
     assert found.angle <= ANGLE and sines(W, found).max() <= found.angle
+
+
+@pytest.mark.parametrize("second", [0.02, 0.05, 0.1, 0.2, 0.3])
+def test_far_apart_values_do_not_loosen_what_the_cache_checks(second: float) -> None:
+    spectrum = torch.cat([torch.tensor([1.0]), torch.linspace(second, 0, 399)])
+    found = leading_triplets(orthogonal(400, seed=1) * spectrum @ orthogonal(400).T, 1)
+    assert found.residual < build.KEPT_TOLERANCE / 4
 
 
 @pytest.mark.parametrize("spectrum", ["trained", "gaussian"])

@@ -7,6 +7,7 @@ from support import fill_vectors, make_tiny_llama
 
 from peft_tinylora import TinyLoraConfig
 from peft_tinylora.basis import compute_basis, residual
+from peft_tinylora.triplets import ANGLE
 
 
 pytestmark = [
@@ -33,12 +34,12 @@ def test_same_factors_as_on_the_cpu(shape: tuple[int, int], precision: str) -> N
     torch.set_float32_matmul_precision(precision)
     try:
         found = compute_basis(W.to(DEVICE), 2, "left")
-        assert residual(W.to(DEVICE), found.A, found.B) < 2e-6
+        assert residual(W.to(DEVICE), found.A, found.B) < 5e-6
     finally:
         torch.set_float32_matmul_precision("highest")
     expected = compute_basis(W, 2, "left")
-    torch.testing.assert_close(found.A.cpu(), expected.A, rtol=0, atol=2e-6)
-    torch.testing.assert_close(found.B.cpu(), expected.B, rtol=0, atol=2e-5)
+    assert (found.A.cpu() - expected.A).norm(dim=1).max() < ANGLE  # of unit vectors, with their signs
+    assert ((found.B.cpu() - expected.B).norm(dim=0) / expected.B.norm(dim=0)).max() < ANGLE
 
 
 @pytest.mark.parametrize("devices", [("cpu", DEVICE), (DEVICE, "cpu")])
