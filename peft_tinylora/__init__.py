@@ -1,14 +1,15 @@
 """TinyLoRA for the Hugging Face ecosystem: a fine-tune in 13 numbers.
 
 Importing this package puts its tuner behind PEFT's TINYLORA; see register.py. Read the files in the order of the
-data's way: weight, gather, original -> triplets, basis -> basis_cache, build -> projection, tying -> vector -> delta ->
-layer -> model -> fingerprint, compact, checkpoint.
+data's way: weight, gather, original -> triplets, basis -> basis_cache, build -> projection, tying -> vector -> delta, thin,
+product -> layer, linear, embedding, experts -> model -> fingerprint, compact, checkpoint -> mixed, bank, combine.
 
 Method: "Learning to Reason in 13 Parameters", https://huggingface.co/papers/2602.04118
 """
 
 __version__ = "0.1.0"
 
+from .bank import AdapterBank
 from .config import TinyLoraConfig
 from .convert import convert_adapter
 from .errors import (
@@ -28,6 +29,7 @@ from .register import register, unregister
 
 
 __all__ = [
+    "AdapterBank",
     "AdapterFileError",
     "BasisError",
     "BasisMismatchError",

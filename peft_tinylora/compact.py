@@ -31,6 +31,7 @@ VECTORS = "tinylora_v"  # the one tensor, without PEFT's prefix
 SKETCH_TOLERANCE = 0.02
 # Relative difference of factors from those of the base up to which they are left out of the file.
 SAME_FACTORS = 1e-3
+LOAD_APART = "Load it by model.load_adapter(...), and open a bank over that for others like it. Nothing was added."
 ANOTHER_BASIS = "The adapter was trained with another basis than that of this base model"
 
 
@@ -81,7 +82,7 @@ def pack(
     config.fingerprint = {
         "weights": source.form,
         "modules": fingerprint.encode(sketches),
-        "groups": _digest_of_groups(layers, adapter_name),
+        "groups": digest_of_groups(layers, adapter_name),
         "v": fingerprint.digest_of_tensor(v),
     }
     return tensors
@@ -138,7 +139,7 @@ def rebuild_bases(
         BasisMismatchError: if the factors are not those that v was trained with; names the module and what to do.
     """
     sketches = fingerprint.decode(saved["modules"], (layer.r[adapter_name] for layer in layers.values()))
-    if _digest_of_groups(layers, adapter_name) != saved["groups"]:
+    if digest_of_groups(layers, adapter_name) != saved["groups"]:
         raise AdapterFileError(
             "The adapter's modules do not read the numbers that they read when it was saved: `tie`, `n_tie`, "
             "`weight_tying` or `target_modules` was edited in its config, or this is another base model. "
@@ -179,6 +180,41 @@ def rebuild_bases(
         saved_by_name = dict(zip(layers, sketches, strict=True))
         _warn_of_another({name: fingerprint.factor_distance(b, saved_by_name[name]) for name, b in bases.items()})
     return bases
+
+
+def check_same_basis(
+    source: str, saved: Mapping[str, str], adapter_name: str, layers: Mapping[str, TinyLoraLayer]
+) -> None:
+    """Check that a compact file's v means on the factors of an adapter in the model what it meant when it was trained.
+
+    Args:
+        source (`str`): the file's folder or Hub id, for the message.
+        saved (`Mapping[str, str]`): the fingerprint that was saved with the file.
+        adapter_name (`str`): the adapter whose factors are meant.
+        layers (`Mapping[str, TinyLoraLayer]`): name in the base model -> layer, in model order.
+
+    Raises:
+        AdapterFileError: if the modules are others, or read other numbers.
+        BasisMismatchError: if a module's factors or projection are others; names it.
+    """
+    if digest_of_groups(layers, adapter_name) != saved["groups"]:
+        raise AdapterFileError(
+            f"{source}: its modules are not those of adapter {adapter_name!r}, or do not share numbers as those do "
+            f"(`target_modules`, `tie`, `n_tie`). {LOAD_APART}"
+        )
+    sketches = fingerprint.decode(saved["modules"], (layer.r[adapter_name] for layer in layers.values()))
+    for (name, layer), sketch in zip(layers.items(), sketches, strict=True):
+        basis, P = layer.basis(adapter_name), layer.tinylora_P[adapter_name]
+        of_factors, of_projection = (
+            fingerprint.factor_distance(basis, sketch),
+            fingerprint.projection_distance(P, sketch),
+        )
+        if not max(of_factors, of_projection) <= SKETCH_TOLERANCE:
+            what = "basis" if of_factors > of_projection else "projection"
+            raise BasisMismatchError(
+                f"{source} has another {what} than adapter {adapter_name!r}: module {name!r} differs by "
+                f"{max(of_factors, of_projection):.2g}, allowed is {SKETCH_TOLERANCE:g}. {LOAD_APART}"
+            )
 
 
 def _checked(
@@ -281,7 +317,8 @@ def _relative(given: torch.Tensor, computed: torch.Tensor) -> float:
     return ((given - computed).norm() / computed.norm().clamp_min(torch.finfo(torch.float32).tiny)).item()
 
 
-def _digest_of_groups(layers: Mapping[str, TinyLoraLayer], adapter_name: str) -> str:
+def digest_of_groups(layers: Mapping[str, TinyLoraLayer], adapter_name: str) -> str:
+    """16 hex digits for which v each matrix of an adapter reads."""
     groups = {}
     for layer in layers.values():
         groups |= zip(layer.matrix_names[adapter_name], layer.groups(adapter_name), strict=True)

@@ -31,6 +31,20 @@ def multiply(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, R: torch.Tensor)
     return F.linear(F.linear(x, A), B @ R)
 
 
+def multiply_rows(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    """As [`multiply`], with an R for each row of a batch.
+
+    Args:
+        x (`torch.Tensor`): shape (rows, ..., in), in the dtype of A.
+        R (`torch.Tensor`): shape (rows, r, r).
+
+    Returns:
+        `torch.Tensor`: shape (rows, ..., out).
+    """
+    h = F.linear(x, A)
+    return F.linear((h.flatten(1, -2) @ R.mT).view(h.shape) if h.ndim > 2 else (R @ h[..., None])[..., 0], B)
+
+
 def look_up(rows: torch.Tensor, A: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
     """Rows of delta W for an embedding, of which W is (out, in) = (num_embeddings, embedding_dim).
 

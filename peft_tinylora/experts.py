@@ -16,7 +16,9 @@ from torch import nn
 
 from . import delta
 from .errors import UnsupportedModuleError
-from .layer import TinyLoraLayer, without_autocast
+from .layer import TinyLoraLayer
+from .product import without_autocast
+from .vector import Vectors
 from .weight import parameter_is_transposed, parameter_matrix, parameter_shape
 
 
@@ -105,11 +107,11 @@ class ParamWrapper(TinyLoraLayer, nn.Module):
 
     Args:
         base_layer (`nn.Module`): the module, or a wrapper around it.
-        vectors (`nn.ModuleDict`): adapter name -> `nn.ParameterDict` of group -> v, owned by the tuner.
+        vectors ([`Vectors`]): adapter name -> group -> v, owned by the tuner.
         parameter_name (`str`): which parameter: a matrix (out, in), or (experts, out, in).
     """
 
-    def __init__(self, base_layer: nn.Module, vectors: nn.ModuleDict, parameter_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, vectors: Vectors, parameter_name: str) -> None:
         nn.Module.__init__(self)
         self.parameter_name = parameter_name
         TinyLoraLayer.__init__(self, base_layer, vectors)
@@ -142,6 +144,8 @@ class ParamWrapper(TinyLoraLayer, nn.Module):
         names = [] if base_alone else self._active_here()
         if not names:
             return self.base_layer(*args, **kwargs)
+        for name in names:
+            self.ensure_basis(name)
         with without_autocast(self.stored_tensor().device.type):
             left = torch.cat([self.tinylora_B[name] @ self.mixing_matrix(name) for name in names], dim=-1)
             right = torch.cat([self.tinylora_A[name] for name in names], dim=-2)

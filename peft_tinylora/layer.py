@@ -1,7 +1,7 @@
 """The layers that stand in for the adapted modules. They hold the factors and call `delta`; no maths of their own.
 
 What is kept where: A, B and P are buffers of the layer, one entry per adapter; v is not. The vectors are shared between
-layers, so they are registered once, in the `ModuleDict` `tinylora_v` of the tuner, and a layer keeps an unregistered
+layers, so they are registered once, in [`Vectors`], `tinylora_v` of the tuner, and a layer keeps an unregistered
 reference to it and the key of its own group. Registered in each layer, 196 modules would give 38,612 keys in the state
 dict and break FSDP2 and safetensors.
 
@@ -9,14 +9,12 @@ A and B may be on the meta device: then they are about to be loaded from a file.
 did not happen.
 """
 
-import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from threading import get_ident
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
@@ -27,7 +25,12 @@ from .basis import Basis
 from .gather import device_of, is_offloaded
 from .merging import KeptBase, Mergeable
 from .survival import Survival
+from .vector import Vectors
 from .weight import dense_matrix, matrix_shape, stored_tensor, to_stored, working_dtype
+
+
+if TYPE_CHECKING:
+    from .mixed import Batch
 
 
 class TinyLoraLayer(Mergeable, BaseTunerLayer):
@@ -35,7 +38,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
 
     Args:
         base_layer (`nn.Module`): the adapted layer.
-        vectors (`nn.ModuleDict`): adapter name -> `nn.ParameterDict` of group -> v, owned by the tuner.
+        vectors ([`Vectors`]): adapter name -> group -> v, owned by the tuner.
         backend (`QuantizationBackend`, *optional*): what reads and writes the weight, if it is quantized.
     """
 
@@ -43,9 +46,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
     other_param_names = ("tinylora_A", "tinylora_B", "tinylora_P")
     parameter_name = "weight"  # what of the base layer is adapted
 
-    def __init__(
-        self, base_layer: nn.Module, vectors: nn.ModuleDict, backend: QuantizationBackend | None = None
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, vectors: Vectors, backend: QuantizationBackend | None = None) -> None:
         self.base_layer = base_layer
         self.quantization_backend = backend
         self.out_features, self.in_features = self.matrix_shape()[-2:]
@@ -64,6 +65,8 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         # As in `Basis`; None for factors that came from a file.
         self.basis_angles: dict[str, float | None] = {}
         self._shared_vectors = (vectors,)  # in a tuple, or nn.Module would register it here
+        self.position = vectors.next_position()
+        self._compared: dict[tuple[str, str], tuple[list[Any], bool]] = {}
         self._kept: KeptBase | None = None  # the original while merged
         self.survival: Survival | None = None  # of the update, in the last merge
         self._disable_adapters = False
@@ -71,7 +74,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         self._active_adapter: str | list[str] = []
 
     @property
-    def tinylora_v(self) -> nn.ModuleDict:
+    def tinylora_v(self) -> Vectors:
         """Adapter name -> group -> v (u,), shared by all layers of the model."""
         return self._shared_vectors[0]
 
@@ -163,6 +166,36 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         basis = self.basis(adapter_name)
         return Basis(basis.A.clone(), basis.B.clone(), basis.angle), self.tinylora_P[adapter_name].clone()
 
+    def has_same_factors(self, adapter_name: str, other: str) -> bool:
+        """Whether two adapters differ in nothing but v here; so do two that are not here."""
+        present = [name for name in (adapter_name, other) if name in self.tinylora_A]
+        if len(present) != 2 or self.groups(adapter_name) != self.groups(other):
+            return not present
+        state = [*self.state_of_factors(adapter_name), *self.state_of_factors(other)]
+        known = self._compared.get((adapter_name, other))
+        if known is None or known[0] != state:
+            pairs = [
+                (factors[adapter_name], factors[other])
+                for factors in (self.tinylora_A, self.tinylora_B, self.tinylora_P)
+            ]
+            same = all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
+            known = self._compared[adapter_name, other] = state, same
+        return known[1]
+
+    def state_of_factors(self, adapter_name: str) -> list[tuple[int, int]]:
+        """What changes whenever A, B or P of an adapter is replaced or written to."""
+        self.ensure_basis(adapter_name)
+        tensors = [factors[adapter_name] for factors in (self.tinylora_A, self.tinylora_B, self.tinylora_P)]
+        return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+
+    def mixed_batch(self) -> "Batch | None":
+        """The mixed batch that this thread computes now, if it computes one."""
+        batches = self.tinylora_v.batches
+        if not batches:
+            return None
+        # torch.compile cannot ask for the thread, and follows one at a time.
+        return next(iter(batches.values())) if torch.compiler.is_compiling() else batches.get(get_ident())
+
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape (out, in) of the weight W."""
         return matrix_shape(self.get_base_layer())
@@ -221,6 +254,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         ):
             if adapter_name in entries:
                 del entries[adapter_name]
+        self._compared.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -263,77 +297,14 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         return self.disable_adapters or self.merged
 
     def _active_here(self) -> list[str]:
-        names = [name for name in self.active_adapters if name in self.tinylora_A]
-        for name in names:
-            self.ensure_basis(name)
-        return names
+        here = self._modules["tinylora_A"]._buffers
+        return [name for name in self.active_adapters if name in here]
 
     def extra_repr(self) -> str:
         return quantization_extra_repr(self)
 
     def __repr__(self) -> str:
         return "tinylora." + super().__repr__()
-
-
-class Linear(TinyLoraLayer, nn.Module):
-    """An adapted `nn.Linear`, transformers `Conv1D` or quantized linear layer: y = base(x) + B R A x."""
-
-    def __init__(
-        self, base_layer: nn.Module, vectors: nn.ModuleDict, backend: QuantizationBackend | None = None
-    ) -> None:
-        nn.Module.__init__(self)
-        TinyLoraLayer.__init__(self, base_layer, vectors, backend)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """x (..., in) -> (..., out), in the dtype that the base layer returns."""
-        base_alone = self._base_alone()
-        result = self.base_layer(x, *args, **kwargs)
-        if base_alone:
-            return result
-        backend = self.quantization_backend
-        if backend is not None and x.requires_grad and not result.requires_grad and torch.is_grad_enabled():
-            warnings.warn(
-                f"{backend.backend_name} passes no gradient through this base layer: what lies below it is "
-                "trained wrongly. Quantize weights only, not activations.",
-                stacklevel=2,
-            )
-        dtype = result.dtype
-        for name in self._active_here():
-            A, B = self.tinylora_A[name], self.tinylora_B[name]
-            with without_autocast(x.device.type):
-                dropped = self.tinylora_dropout[name](x).to(A.dtype)
-                result = result + delta.multiply(dropped, A, B, self.mixing_matrix(name))
-        return result.to(dtype)
-
-
-class Embedding(TinyLoraLayer, nn.Module):
-    """An adapted `nn.Embedding`: rows of base + B R A."""
-
-    def __init__(
-        self, base_layer: nn.Module, vectors: nn.ModuleDict, backend: QuantizationBackend | None = None
-    ) -> None:
-        nn.Module.__init__(self)
-        TinyLoraLayer.__init__(self, base_layer, vectors, backend)
-
-    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Token ids x (...) -> (..., embedding_dim), in the dtype that the base layer returns."""
-        base_alone = self._base_alone()
-        result = self.base_layer(x, *args, **kwargs)
-        if base_alone:
-            return result
-        dtype = result.dtype
-        scale = self._get_embed_scale()  # Gemma's embeddings multiply their rows by a constant
-        for name in self._active_here():
-            A, B = self.tinylora_A[name], self.tinylora_B[name]
-            with without_autocast(x.device.type):
-                rows = self.tinylora_dropout[name](F.embedding(x, B))
-                update = delta.look_up(rows, A, self.mixing_matrix(name))
-                result = result + (update if scale is None else update * scale.to(update))
-        return result.to(dtype)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        # PEFT writes the converted factors under names that a LoRA embedding does not read, and the update is lost.
-        return False
 
 
 def _made_and_checked(
@@ -344,9 +315,3 @@ def _made_and_checked(
     check: Callable[[Basis, torch.Tensor], Basis],
 ) -> Basis:
     return check(make(layer), layer.tinylora_P[adapter_name])
-
-
-def without_autocast(device_type: str) -> AbstractContextManager:
-    """A context for the update, of which autocast to bf16 would leave three digits."""
-    # Decoding enters this once for each layer and token: where autocast is off anyway, that should cost nothing.
-    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()

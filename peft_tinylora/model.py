@@ -5,6 +5,7 @@ adapter straight into its model (`model.add_adapter(config)`), the tuner is thro
 registered on that model instead.
 """
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,14 +20,18 @@ from torch import nn
 
 from . import checkpoint
 from .assignment import Assignment, assign, read_from_file
+from .combine import check_combination, combine
 from .config import check_peft_fields, conventions_of
+from .embedding import Embedding
 from .errors import AdapterFileError, ConfigError
 from .experts import ParamWrapper, wrapper_of_parameter
-from .layer import Embedding, Linear, TinyLoraLayer
+from .layer import TinyLoraLayer
+from .linear import Linear
 from .merging import TOLERATED_LOSS, merge_layers, warn_of_loss
+from .mixed import have_same_basis, mixed_batch
 from .survival import MergeReport
 from .targets import expand_all_linear, find_targets, targets_in_state_dict
-from .vector import new_vector
+from .vector import Vectors, new_vector
 from .weight import (
     dequantize_model,
     floating_dtype,
@@ -94,10 +99,10 @@ class TinyLoraModel(BaseTuner):
         wrapped = next((module for module in model.modules() if isinstance(module, TinyLoraLayer)), None)
         if not self._outlived_by_model:
             # A base that another PeftModel wrapped already keeps its vectors, as it keeps its layers.
-            self.tinylora_v = nn.ModuleDict({}) if wrapped is None else wrapped.tinylora_v
+            self.tinylora_v = Vectors() if wrapped is None else wrapped.tinylora_v
             return
-        if not isinstance(getattr(model, "tinylora_v", None), nn.ModuleDict):
-            model.tinylora_v = nn.ModuleDict({})
+        if not isinstance(getattr(model, "tinylora_v", None), Vectors):
+            model.tinylora_v = Vectors()
         self.__dict__["tinylora_v"] = model.tinylora_v  # registered on the model, only referred to here
 
     def inject_adapter(
@@ -123,6 +128,7 @@ class TinyLoraModel(BaseTuner):
         others = [(v, v.requires_grad) for vectors in self.tinylora_v.values() for v in vectors.values()]
         for layer in (module for module in model.modules() if isinstance(module, TinyLoraLayer)):
             layer.forget(adapter_name)  # of an earlier PeftModel around the same base
+        self.tinylora_v.forget(adapter_name)
         self.tinylora_v[adapter_name] = nn.ParameterDict({})
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -283,21 +289,77 @@ class TinyLoraModel(BaseTuner):
             self._warned_of_loss = True
             warn_of_loss(report.total, quantized=any(layer.quantization_backend for layer in layers.values()))
 
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is a combination of others over the same basis; frozen, as with LoRA.
+
+        Args:
+            adapters (`list[str]`): names of the adapters.
+            weights (`list[float]`): one for each; negative ones subtract.
+            adapter_name (`str`): name of the new adapter.
+            combination_type, density, majority_sign_method: as in [`combine`].
+
+        Raises:
+            ValueError: if an argument cannot be meant, or the adapters differ in more than v; nothing is added.
+        """
+        check_combination(combination_type, density, majority_sign_method)
+        unknown = [name for name in adapters if name not in self.peft_config]
+        if unknown or not adapters or len(weights) != len(adapters):
+            raise ValueError(
+                f"adapters={adapters}, weights={weights}: a weight is needed for each of one or more adapters of the "
+                f"model, which has {', '.join(map(repr, self.peft_config))}."
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(f"adapter_name={adapter_name!r}: the model has an adapter of that name. Delete it first.")
+        configs = [self.peft_config[name] for name in adapters]
+        if any(config.modules_to_save or config.bias != "none" for config in configs):
+            raise ValueError(f"adapters={adapters}: one of them trains more than v, which cannot be combined.")
+        layers = [module for module in self.model.modules() if isinstance(module, TinyLoraLayer)]
+        others = [name for name in adapters if not have_same_basis(layers, self.tinylora_v, adapters[0], name)]
+        if others:
+            raise ValueError(
+                f"adapters={adapters}: {others[0]!r} has another basis than {adapters[0]!r}, so that no v is their sum. "
+                "Convert them by peft.save_as_lora and combine those with combination_type='cat'."
+            )
+        tables = [self.tinylora_v.table(name) for name in adapters]
+        combined = combine(tables, weights, combination_type, density, majority_sign_method)
+        self.peft_config[adapter_name] = copy.deepcopy(configs[0])
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self._awaiting_file.discard(adapter_name)
+        for layer in (layer for layer in layers if adapter_name in layer.tinylora_A):
+            basis, layer.tinylora_P[adapter_name] = layer.copy_of_factors(adapters[0])  # maybe those of a file
+            layer.set_basis(adapter_name, basis)
+        for group, v in zip(self.tinylora_v.groups(adapter_name), combined, strict=True):
+            self.tinylora_v[adapter_name][group].copy_(v).requires_grad_(False)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its vectors; see `BaseTuner.delete_adapter`."""
         super().delete_adapter(adapter_name)
         if adapter_name in self.tinylora_v:
             del self.tinylora_v[adapter_name]
+        self.tinylora_v.forget(adapter_name)
         self._awaiting_file.discard(adapter_name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                "TinyLoRA does not support `adapter_names` (another adapter for each row of a batch) in this version. "
-                "Run one batch for each adapter, with `model.set_adapter(name)`."
-            )
-        yield
+        if kwargs.get("adapter_names") is None:
+            yield
+            return
+        options = {name: value for name, value in kwargs.items() if name != "adapter_names"}
+        with mixed_batch(self.model, self.tinylora_v, kwargs["adapter_names"], options):
+            yield
 
     @classmethod
     def _get_adapter_state_dict(

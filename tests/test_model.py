@@ -265,13 +265,6 @@ def test_low_cpu_mem_usage_leaves_v_to_be_loaded(tiny_llama) -> None:
     assert {v.device.type for v in model.tinylora_v["default"].values()} == {"meta"}
 
 
-def test_adapter_names_is_refused_rather_than_ignored(tiny_llama, tokens) -> None:
-    model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
-    for call in (model, model.generate):
-        with pytest.raises(ValueError, match="does not support `adapter_names`"):
-            call(input_ids=tokens, adapter_names=["default", "default", "__base__"])
-
-
 def test_generate_follows_the_adapter(tiny_llama, tokens) -> None:
     model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
     fill_vectors(model, 1.0)

@@ -10,13 +10,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 class Hub:
-    """Repositories by id, each a dictionary of file name -> bytes, and the requests that came.
+    """Repositories by id, each a dictionary of file name -> bytes; collections of their ids; the requests that came.
 
     `faults` has statuses that the next requests of a path are answered with: {"/resolve/": [503, 503]}.
     """
 
     def __init__(self) -> None:
         self.repositories: dict[str, dict[str, bytes]] = {}
+        self.collections: dict[str, list[str]] = {}
         self.requests: list[str] = []
         self.faults: dict[str, list[int]] = {}
         self.url = ""
@@ -53,6 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self._fault():
             return
+        if self.path.startswith("/api/collections/"):
+            return self._answer_collection(self.path.removeprefix("/api/collections/"))
         found = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self.path)
         if not found:
             return self._answer(404, {})
@@ -63,6 +66,21 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer(404, {}, {"X-Error-Code": code})
         etag = hashlib.sha1(files[name]).hexdigest()
         self._answer(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.commit_of(repository)})
+
+    def _answer_collection(self, slug: str) -> None:
+        if slug not in self.hub.collections:
+            return self._answer(404, {})
+        date = "2026-01-01T00:00:00.000Z"
+        items = [
+            {"_id": f"{index:024x}", "id": repository, "type": "model", "position": index}
+            for index, repository in enumerate(self.hub.collections[slug])
+        ]
+        owner = {"name": slug.partition("/")[0]}
+        self._answer(
+            200,
+            {"slug": slug, "title": slug, "owner": owner, "items": items, "lastUpdated": date, "private": False,
+             "theme": "blue", "upvotes": 0, "position": 0},
+        )  # fmt: skip
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))

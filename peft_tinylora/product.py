@@ -1,0 +1,116 @@
+"""The update added to what a base layer returned, as one autograd function that keeps no copy of the activations.
+
+    y + x A^T R^T B^T                x (N, in), y (N, out), R = sum_i v_i P_i
+    h = x A^T (N, r)                 all that v's gradient needs of x, and all that is kept
+    F = (B R)^T (r, out)             folded once for each value of v
+
+With the gradient g of the result: the base layer's is g itself, that of x gains g B R A, and v_i's is <P_i, (g B)^T h>.
+"""
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from . import delta
+from .thin import Thin
+
+
+class Folded:
+    """What a module multiplies by for one adapter, as long as v has the value that it was made from.
+
+    Args:
+        values (`torch.Tensor`): all v of the adapter, of which v is one; see [`Vectors.current`].
+        A (`torch.Tensor`): shape (r, in), float32 or float64.
+        B (`torch.Tensor`): shape (out, r).
+        P (`torch.Tensor`): shape (u, r, r).
+        v (`torch.Tensor`): shape (u,).
+    """
+
+    def __init__(
+        self, values: torch.Tensor, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        self.values, self.B, self.P = values, B, P
+        # Tensors made in inference mode have no version, and cannot be written to outside of it.
+        self._versioned = not any(factor.is_inference() for factor in (A, B, P))
+        self._versions = (A._version, B._version, P._version) if self._versioned else ()
+        self.R = delta.mix(v.detach(), P)
+        self.A = Thin(A)
+        self.F = Thin(self.R.T @ B.T)
+
+    def is_of(self, values: torch.Tensor, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor) -> bool:
+        """Whether these are still the tensors that it was made from, and nobody wrote to the factors."""
+        same = values is self.values and A is self.A.M and B is self.B and P is self.P
+        return same and (not self._versioned or (A._version, B._version, P._version) == self._versions)
+
+    def add_update(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """y += x A^T R^T B^T, in place.
+
+        Args:
+            y (`torch.Tensor`): shape (..., out), contiguous.
+            x (`torch.Tensor`): shape (..., in).
+        """
+        x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if x.dtype == y.dtype == self.R.dtype:
+            y2.addmm_(x2.mm(self.A.MT), self.F.M)  # as below, without two calls that decoding would feel
+        else:
+            self.F.add_to(y2, self.A.project(x2))
+        return y
+
+    def add_update_of_rows(self, y: torch.Tensor, x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        """As [`add_update`], with an R of its own for each row of a batch: R (rows, r, r), y and x (rows, ..., n)."""
+        h = self.A.project(x.reshape(-1, x.shape[-1])).view(len(R), -1, R.shape[-1])
+        self.BT.add_to(y.view(-1, y.shape[-1]), (h @ R.mT).flatten(0, 1))
+        return y
+
+    @functools.cached_property
+    def BT(self) -> Thin:
+        """B^T (r, out)."""
+        return Thin(self.B.T.contiguous())
+
+
+class AddUpdate(torch.autograd.Function):
+    """y, x, v -> y + x A^T R^T B^T; see the module's docstring. Differentiable once, in y, x and v."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        folded: Folded,
+        in_place: bool,
+    ) -> torch.Tensor:
+        h = folded.A.project(x.reshape(-1, x.shape[-1]))
+        if in_place:
+            ctx.mark_dirty(y)
+        else:
+            y = y.clone(memory_format=torch.contiguous_format)
+        folded.F.add_to(y.view(-1, y.shape[-1]), h)
+        ctx.save_for_backward(h)
+        ctx.folded, ctx.x_shape, ctx.x_dtype, ctx.v_dtype = folded, x.shape, x.dtype, v.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "TinyLoRA's product has no second derivative by `backward(create_graph=True)`: use torch.func "
+                "(`torch.func.hessian`, `torch.func.grad` of `torch.func.grad`), which differentiates the formula itself."
+            )
+        (h,) = ctx.saved_tensors
+        folded = ctx.folded
+        with without_autocast(g.device.type):
+            gB = folded.BT.project(g.reshape(-1, g.shape[-1]))
+            grad_x = grad_v = None
+            if ctx.needs_input_grad[1]:
+                grad_x = folded.A.expand(gB @ folded.R, ctx.x_dtype).view(ctx.x_shape)
+            if ctx.needs_input_grad[2]:
+                grad_v = (folded.P.flatten(1) @ (gB.T @ h).flatten()).to(ctx.v_dtype)
+        return g, grad_x, grad_v, None, None
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A context for the update, of which autocast to bf16 would leave three digits."""
+    # Decoding enters this once for each layer and token: where autocast is off anyway, that should cost nothing.
+    return torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else nullcontext()
