@@ -76,16 +76,16 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
             raise ConfigError(f"AdapterBank: {experts[0]!r} belongs to experts, which cannot compute a mixed batch.")
         self.adapter_name = adapter_name
         self._vectors = next(iter(self._layers.values())).tinylora_v
-        if adapter_name in self._vectors.banks:
+        if adapter_name in self._vectors.adapter_banks:
             raise ConfigError(f"AdapterBank: the model has a bank over {adapter_name!r} already; add to that.")
-        shape = self._vectors.table(adapter_name)
+        shape = self._vectors.vectors_of(adapter_name)
         # Rows are written once and not used again, so that who reads needs no lock. Pairs of what belongs together.
         self._held: tuple[torch.Tensor, dict[str, int]] = shape.new_empty(8, *shape.shape, device="cpu"), {}
         self._next_row = 0
         self._writing = threading.Lock()
         self._checked_with: list[list[tuple[int, int]]] = []
         self._accepted: set[tuple[str, str]] = set()  # of fingerprints, as long as the factors are those
-        self._vectors.banks[adapter_name] = self
+        self._vectors.adapter_banks[adapter_name] = self
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """A copy of v, shape (groups, u), on the CPU."""

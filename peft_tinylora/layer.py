@@ -190,7 +190,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
 
     def mixed_batch(self) -> "Batch | None":
         """The mixed batch that this thread computes now, if it computes one."""
-        batches = self.tinylora_v.batches
+        batches = self.tinylora_v.mixed_batches
         if not batches:
             return None
         # torch.compile cannot ask for the thread, and follows one at a time.

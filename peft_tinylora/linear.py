@@ -41,7 +41,7 @@ class Linear(TinyLoraLayer, nn.Module):
             self._warn_if_gradient_ends(result)
         names = self._active_here()
         vectors = self._shared_vectors[0]
-        if len(names) != 1 or vectors.batches or torch.is_autocast_enabled(x.device.type) or _is_taken_apart():
+        if len(names) != 1 or vectors.mixed_batches or torch.is_autocast_enabled(x.device.type) or _is_taken_apart():
             with without_autocast(x.device.type):
                 return self._add(result, x, names)
         return self._add_one(result, x, names[0])
@@ -104,7 +104,7 @@ class Linear(TinyLoraLayer, nn.Module):
 
     def folded(self, adapter_name: str) -> Folded:
         """What this layer multiplies by for an adapter, folded anew if v or a factor has another value."""
-        values = self._shared_vectors[0].current(adapter_name, self.position)
+        values = self._shared_vectors[0].current_vectors(adapter_name, self.position)
         modules = self._modules
         A = modules["tinylora_A"]._buffers[adapter_name]
         B = modules["tinylora_B"]._buffers[adapter_name]

@@ -39,7 +39,7 @@ class Rows:
         if layer.position not in self._mixing:
             [group] = layer.groups(self.adapter_name)
             P = layer.tinylora_P[self.adapter_name]
-            v = self.vectors[:, layer.tinylora_v.groups(self.adapter_name).index(group)].to(P)
+            v = self.vectors[:, layer.tinylora_v.groups_of(self.adapter_name).index(group)].to(P)
             self._mixing[layer.position] = (v @ P.flatten(1)).view(-1, *P.shape[1:])
         return self._mixing[layer.position]
 
@@ -87,18 +87,22 @@ def mixed_batch(
         ValueError: if a name is unknown, or the model cannot compute a mixed batch; nothing was computed.
         TypeError: if `adapter_names` is no list of names.
     """
-    layers = [module for module in model.modules() if isinstance(module, TinyLoraLayer)]
-    _check(model, layers, vectors, adapter_names)
-    copies = _copies(model, options)
-    vectors.batches[get_ident()] = Batch(_served(layers, vectors, adapter_names), len(adapter_names), copies)
+    vectors.mixed_batches[get_ident()] = _make_batch(model, vectors, adapter_names, options)
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     handles = [_tell(wrapper, adapter_names) for wrapper in wrappers]
     try:
         yield
     finally:
-        del vectors.batches[get_ident()]
+        del vectors.mixed_batches[get_ident()]
         for handle in handles:
             handle.remove()
+
+
+@torch.compiler.disable
+def _make_batch(model: nn.Module, vectors: Vectors, adapter_names: Sequence[str], options: Mapping[str, Any]) -> Batch:
+    layers = [module for module in model.modules() if isinstance(module, TinyLoraLayer)]
+    _check(model, layers, vectors, adapter_names)
+    return Batch(_served(layers, vectors, adapter_names), len(adapter_names), _copies(model, options))
 
 
 def _check(model: nn.Module, layers: Sequence[TinyLoraLayer], vectors: Vectors, adapter_names: Sequence[str]) -> None:
@@ -109,7 +113,7 @@ def _check(model: nn.Module, layers: Sequence[TinyLoraLayer], vectors: Vectors, 
     unknown = sorted(name for name in {*adapter_names} - {BASE, *vectors} if vectors.bank_with(name) is None)
     if unknown:
         held = ", ".join(map(repr, [*vectors][:10]))
-        banks = f", and {sum(map(len, vectors.banks.values()))} in banks" if vectors.banks else ""
+        banks = f", and {sum(map(len, vectors.adapter_banks.values()))} in banks" if vectors.adapter_banks else ""
         raise ValueError(
             f"adapter_names has unknown adapters: {', '.join(map(repr, unknown[:10]))}. The model has {held}{banks}."
         )
@@ -145,16 +149,17 @@ def _served(layers: Sequence[TinyLoraLayer], vectors: Vectors, adapter_names: Se
         holder = name if bank is None else bank.adapter_name
         basis = next((other for other in served if have_same_basis(layers, vectors, holder, other)), holder)
         if basis not in served:
-            table = vectors.table(basis)
+            table = vectors.vectors_of(basis)
             served[basis] = table.new_zeros(len(adapter_names), *table.shape)
-        served[basis][own] = (vectors.table(name) if bank is None else bank[name]).to(served[basis])
+        served[basis][own] = (vectors.vectors_of(name) if bank is None else bank[name]).to(served[basis])
     return [Rows(basis, v) for basis, v in served.items()]
 
 
 def have_same_basis(layers: Sequence[TinyLoraLayer], vectors: Vectors, name: str, other: str) -> bool:
     """Whether two adapters of a model differ in nothing but v."""
     return name == other or (
-        vectors.groups(name) == vectors.groups(other) and all(layer.has_same_factors(name, other) for layer in layers)
+        vectors.groups_of(name) == vectors.groups_of(other)
+        and all(layer.has_same_factors(name, other) for layer in layers)
     )
 
 

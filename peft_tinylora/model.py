@@ -116,6 +116,11 @@ class TinyLoraModel(BaseTuner):
         """Plan the adapter, wrap its target modules, and leave the trainability of other adapters as it was."""
         config = self.peft_config[adapter_name]
         check_peft_fields(config)
+        if adapter_name not in self.tinylora_v and hasattr(self.tinylora_v, adapter_name):
+            raise ConfigError(
+                f"adapter_name={adapter_name!r}: torch cannot keep parameters under the name of a module's attribute, "
+                "such as 'half', 'train' or 'type'. Choose another name."
+            )
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         has_factors = any(".tinylora_A" in key for key in state_dict or ())  # a compact file has none, or not all
         by_state_dict = has_factors and not getattr(config, "format_version", None)
@@ -128,7 +133,7 @@ class TinyLoraModel(BaseTuner):
         others = [(v, v.requires_grad) for vectors in self.tinylora_v.values() for v in vectors.values()]
         for layer in (module for module in model.modules() if isinstance(module, TinyLoraLayer)):
             layer.forget(adapter_name)  # of an earlier PeftModel around the same base
-        self.tinylora_v.forget(adapter_name)
+        self.tinylora_v.forget_adapter(adapter_name)
         self.tinylora_v[adapter_name] = nn.ParameterDict({})
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -329,7 +334,7 @@ class TinyLoraModel(BaseTuner):
                 f"adapters={adapters}: {others[0]!r} has another basis than {adapters[0]!r}, so that no v is their sum. "
                 "Convert them by peft.save_as_lora and combine those with combination_type='cat'."
             )
-        tables = [self.tinylora_v.table(name) for name in adapters]
+        tables = [self.tinylora_v.vectors_of(name) for name in adapters]
         combined = combine(tables, weights, combination_type, density, majority_sign_method)
         self.peft_config[adapter_name] = copy.deepcopy(configs[0])
         try:
@@ -341,7 +346,7 @@ class TinyLoraModel(BaseTuner):
         for layer in (layer for layer in layers if adapter_name in layer.tinylora_A):
             basis, layer.tinylora_P[adapter_name] = layer.copy_of_factors(adapters[0])  # maybe those of a file
             layer.set_basis(adapter_name, basis)
-        for group, v in zip(self.tinylora_v.groups(adapter_name), combined, strict=True):
+        for group, v in zip(self.tinylora_v.groups_of(adapter_name), combined, strict=True):
             self.tinylora_v[adapter_name][group].copy_(v).requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -349,7 +354,7 @@ class TinyLoraModel(BaseTuner):
         super().delete_adapter(adapter_name)
         if adapter_name in self.tinylora_v:
             del self.tinylora_v[adapter_name]
-        self.tinylora_v.forget(adapter_name)
+        self.tinylora_v.forget_adapter(adapter_name)
         self._awaiting_file.discard(adapter_name)
 
     @contextmanager

@@ -20,7 +20,7 @@ class Folded:
     """What a module multiplies by for one adapter, as long as v has the value that it was made from.
 
     Args:
-        values (`torch.Tensor`): all v of the adapter, of which v is one; see [`Vectors.current`].
+        values (`torch.Tensor`): all v of the adapter, of which v is one; see [`Vectors.current_vectors`].
         A (`torch.Tensor`): shape (r, in), float32 or float64.
         B (`torch.Tensor`): shape (out, r).
         P (`torch.Tensor`): shape (u, r, r).

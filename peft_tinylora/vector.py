@@ -38,15 +38,17 @@ def new_vector(u: int, init_weights: bool | str, init_v_bound: float, dtype: tor
 class Vectors(nn.ModuleDict):
     """Adapter name -> `nn.ParameterDict` of group -> v (u,), and what the layers of a model know together.
 
+    An adapter cannot have the name of an attribute of this class, which is why those are long.
+
     Attributes:
-        batches (`dict[int, Batch]`): thread -> the mixed batch that it computes now.
-        banks (`dict[str, AdapterBank]`): adapter name -> the bank over its factors.
+        mixed_batches (`dict[int, Batch]`): thread -> the mixed batch that it computes now.
+        adapter_banks (`dict[str, AdapterBank]`): adapter name -> the bank over its factors.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.batches: dict[int, Batch] = {}
-        self.banks: dict[str, AdapterBank] = {}
+        self.mixed_batches: dict[int, Batch] = {}
+        self.adapter_banks: dict[str, AdapterBank] = {}
         self._layers = 0
         self._seen: dict[str, _Seen] = {}
 
@@ -55,15 +57,15 @@ class Vectors(nn.ModuleDict):
         self._layers += 1
         return self._layers
 
-    def groups(self, adapter_name: str) -> list[str]:
+    def groups_of(self, adapter_name: str) -> list[str]:
         """The groups of an adapter in the order in which its file has them."""
         return sorted(self[adapter_name], key=int)
 
-    def table(self, adapter_name: str) -> torch.Tensor:
+    def vectors_of(self, adapter_name: str) -> torch.Tensor:
         """All v of an adapter as its file has them, shape (groups, u), a copy."""
-        return torch.stack([self[adapter_name][group].detach().clone() for group in self.groups(adapter_name)])
+        return torch.stack([self[adapter_name][group].detach().clone() for group in self.groups_of(adapter_name)])
 
-    def current(self, adapter_name: str, position: int) -> torch.Tensor:
+    def current_vectors(self, adapter_name: str, position: int) -> torch.Tensor:
         """All v of an adapter as they are now, and the same tensor object as long as they have these values.
 
         The values are compared, once in each pass over the layers, because nothing else tells: writing to `v.data`, the
@@ -101,12 +103,12 @@ class Vectors(nn.ModuleDict):
 
     def bank_with(self, name: str) -> "AdapterBank | None":
         """The bank that holds an adapter of this name, if one does."""
-        return next((bank for bank in self.banks.values() if name in bank), None)
+        return next((bank for bank in self.adapter_banks.values() if name in bank), None)
 
-    def forget(self, adapter_name: str) -> None:
+    def forget_adapter(self, adapter_name: str) -> None:
         """Drop what is known of an adapter beside its v."""
         self._seen.pop(adapter_name, None)
-        self.banks.pop(adapter_name, None)
+        self.adapter_banks.pop(adapter_name, None)
 
 
 class _Seen:

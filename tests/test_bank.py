@@ -267,9 +267,9 @@ def test_a_bank_goes_with_its_adapter(model, tokens) -> None:
     bank = AdapterBank(model, "second")
     bank["a"] = numbers(1)
     twin = copy.deepcopy(model)
-    assert list(twin.tinylora_v.banks["second"]) == ["a"]
+    assert list(twin.tinylora_v.adapter_banks["second"]) == ["a"]
     bank["b"] = numbers(2)
-    assert list(twin.tinylora_v.banks["second"]) == ["a"]
+    assert list(twin.tinylora_v.adapter_banks["second"]) == ["a"]
     model.delete_adapter("second")
     with pytest.raises(ValueError, match="unknown adapters: 'a'"):
         model(tokens, adapter_names=["a", "default", "default"])

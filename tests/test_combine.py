@@ -46,11 +46,11 @@ def test_the_others_are_those_of_peft(model, combination_type: str) -> None:
 
 @pytest.mark.parametrize("combination_type", ["dare_linear", "dare_ties"])
 def test_random_pruning_keeps_its_share(model, combination_type: str) -> None:
-    model.add_weighted_adapter(["a"], [1.0], "half", combination_type=combination_type, density=0.5)
+    model.add_weighted_adapter(["a"], [1.0], "thinned", combination_type=combination_type, density=0.5)
     model.add_weighted_adapter(["a"], [1.0], "all", combination_type=combination_type, density=1.0)
-    kept = table(model, "half") != 0
+    kept = table(model, "thinned") != 0
     assert 2 <= kept.sum() <= 19  # of 21; fewer or more are drawn once in 10,000 times
-    torch.testing.assert_close(table(model, "half"), 2 * table(model, "a") * kept)
+    torch.testing.assert_close(table(model, "thinned"), 2 * table(model, "a") * kept)
     torch.testing.assert_close(table(model, "all"), table(model, "a"))
 
 

@@ -185,7 +185,7 @@ def test_nothing_stays_after_an_error(tiny_llama, tokens) -> None:
     with pytest.raises(ValueError, match="adapter_names has 2 names, and module '.*' sees 3 rows"):
         model(tokens, adapter_names=["a", "b"])
     assert torch.equal(model(tokens).logits, plain)
-    assert not model.tinylora_v.batches
+    assert not model.tinylora_v.mixed_batches
 
 
 def test_compiled_model(tiny_llama, tokens) -> None:

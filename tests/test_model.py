@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from support import fill_vectors
 
-from peft_tinylora import TinyLoraConfig, TinyLoraLayer, build, projection
+from peft_tinylora import ConfigError, TinyLoraConfig, TinyLoraLayer, build, projection
 
 
 TILED = {"r": 2, "u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
@@ -263,6 +263,14 @@ def test_prepare_model_for_kbit_training_is_harmless(tiny_llama, tokens) -> None
 def test_low_cpu_mem_usage_leaves_v_to_be_loaded(tiny_llama) -> None:
     model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED), low_cpu_mem_usage=True)
     assert {v.device.type for v in model.tinylora_v["default"].values()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["half", "vectors_of", "adapter_banks"])
+def test_names_that_torch_cannot_keep_are_refused(tiny_llama, name: str) -> None:
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
+    with pytest.raises(ConfigError, match=f"adapter_name='{name}': torch cannot keep parameters under the name"):
+        model.add_adapter(name, TinyLoraConfig(**TILED))
+    assert list(model.peft_config) == ["default"]
 
 
 def test_generate_follows_the_adapter(tiny_llama, tokens) -> None:
