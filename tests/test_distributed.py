@@ -53,6 +53,10 @@ TWO_PROCESSES = """
     fully_shard(model)
     model(input_ids=tokens, labels=tokens).loss.backward()
     printed["fsdp2"] = [g.full_tensor().tolist() for g in gradients(model)]
+    # FSDP2 writes what it gathers into the same tensors, and leaves their version as it was.
+    optimizer = torch.optim.SGD((v for v in model.parameters() if v.requires_grad), lr=100)
+    optimizer.step()
+    printed["loss after a step"] = model(input_ids=tokens, labels=tokens).loss.item()
 
     # A basis of weights of which each process has a piece. Rank 1 has a cache, rank 0 has none: both must gather alike.
     from peft_tinylora import TinyLoraLayer
@@ -105,6 +109,20 @@ def test_gradient_of_two_processes_is_that_of_one(tiny_llama, by_two_processes, 
     expected = torch.stack([v.grad for v in model.tinylora_v["default"].values()])
     assert expected.abs().min() > 1e-6
     torch.testing.assert_close(torch.tensor(by_two_processes[way]), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_step_under_fsdp2_is_noticed_by_the_next_forward(tiny_llama, by_two_processes) -> None:
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
+    fill_vectors(model, 0.3)
+    tokens = torch.randint(1, 48, (4, 10), generator=torch.Generator().manual_seed(1))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer = torch.optim.SGD((v for v in model.parameters() if v.requires_grad), lr=100)
+    losses = []
+    for _ in range(2):
+        losses.append(model(input_ids=tokens[:2], labels=tokens[:2]).loss.item())
+        optimizer.step()
+    assert abs(losses[0] - losses[1]) > 1e-2
+    assert by_two_processes["loss after a step"] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_basis_of_a_sharded_base_is_that_of_a_whole_one(tiny_llama, by_two_processes) -> None:
