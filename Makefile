@@ -6,7 +6,7 @@
 #                   download gigabytes of CUDA packages; any other machine, or one that cannot reach that index, takes
 #                   what pip's own configuration offers.
 # ARGS              more arguments for pytest in `make test`, `test-peft`, `test-backends` and `test-zero3`, or for
-#                   `make benchmark` and `benchmark-basis`
+#                   `make bench`, `benchmark` and `benchmark-basis`
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed
 # Taken before anything is installed: the demo's total_seconds starts here.
 export TINYLORA_DEMO_START := $(shell date +%s)
 
-.PHONY: setup demo demo-4bit test test-peft test-backends test-zero3 benchmark benchmark-basis quality style clean
+.PHONY: setup demo demo-4bit test test-peft test-backends test-zero3 bench benchmark benchmark-basis quality style clean
 
 setup: $(STAMP)
 	@echo "setup: $(VENV) is up to date"
@@ -98,6 +98,11 @@ test-zero3: $(ZERO3_VENV)/.installed
 # GRPO and SFT, 4-bit and 16-bit, TinyLoRA and LoRA side by side: peak memory and step time.
 benchmark: setup
 	@$(VENV)/bin/python -m benchmarks.training $(ARGS)
+
+# Time and memory beside the bare model, stock PEFT and LoRA; then batches of many adapters beside LoRA's.
+bench: setup
+	@$(VENV)/bin/python -W ignore -m benchmarks.speed $(ARGS)
+	@$(VENV)/bin/python -W ignore -m benchmarks.mixed $(ARGS)
 
 # Factors, files, creating and loading, beside stock PEFT.
 benchmark-basis: setup

@@ -8,6 +8,9 @@ training_cell.py    one cell of that table, in a process of its own
 basis.py            the command that measures the frozen factors beside stock PEFT: time, exactness, files, memory
 basis_cell.py       one row of its tables, in a process of its own
 algorithms.py       ways to a weight's leading singular triplets, side by side: why peft_tinylora has the one it has
+speed.py            the command that measures time, memory and operators beside the bare model, LoRA and stock PEFT
+speed_cell.py       one model of its tables, in a process of its own
+mixed.py            the command that measures batches of many adapters, and thousands in memory, beside LoRA
 merging.py          what is left of an adapter once it is merged
 results/            tables that were measured, each with its command, machine, versions and date
 """

@@ -88,7 +88,8 @@ class AddUpdate(torch.autograd.Function):
             y = y.clone(memory_format=torch.contiguous_format)
         folded.F.add_to(y.view(-1, y.shape[-1]), h)
         ctx.save_for_backward(h)
-        ctx.folded, ctx.x_shape, ctx.x_dtype, ctx.v_dtype = folded, x.shape, x.dtype, v.dtype
+        ctx.folded, ctx.x_shape, ctx.x_dtype = folded, x.shape, x.dtype
+        ctx.v_dtype, ctx.v_device = v.dtype, v.device  # of a group over several devices, on one of them
         return y
 
     @staticmethod
@@ -106,7 +107,7 @@ class AddUpdate(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_x = folded.A.expand(gB @ folded.R, ctx.x_dtype).view(ctx.x_shape)
             if ctx.needs_input_grad[2]:
-                grad_v = (folded.P.flatten(1) @ (gB.T @ h).flatten()).to(ctx.v_dtype)
+                grad_v = (folded.P.flatten(1) @ (gB.T @ h).flatten()).to(ctx.v_device, ctx.v_dtype)
         return g, grad_x, grad_v, None, None
 
 

@@ -98,7 +98,8 @@ class Vectors(nn.ModuleDict):
     def _stacked(self, adapter_name: str) -> torch.Tensor:
         vectors = self[adapter_name]
         registered = vectors._parameters  # read one at a time through ParameterDict they take 20 times as long
-        values = [v.detach() for v in (registered if len(registered) == len(vectors) else vectors).values()]
+        source = registered if len(registered) == len(vectors) else vectors
+        values = [source[group].detach() for group in source]  # DeepSpeed gathers what is asked for by its name
         return torch.stack([v.to(values[0].device) for v in values])
 
     def bank_with(self, name: str) -> "AdapterBank | None":

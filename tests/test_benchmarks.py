@@ -170,3 +170,34 @@ def test_basis_command_prints_its_four_tables():
         assert f"## {title}" in done.stdout
     assert re.search(r"\| 0\.5B \| compact, bfloat16 \| 146 \|", done.stdout)
     assert "target at least 40x" in done.stdout and "target at least 30x" in done.stdout
+
+
+def quick(module: str) -> str:
+    """What a benchmark prints of its smallest models."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_speed_command_prints_its_three_tables():
+    printed = quick("speed")
+    contenders = ("bare model", "TinyLoRA of stock PEFT", "LoRA r=2", "LoRA r=8", "TinyLoRA")
+    for title in ("Time", "Memory of the activations", "Operators of an adapted module"):
+        section = printed.partition(f"## {title}\n")[2].partition("\n## ")[0]
+        named = contenders if title != "Operators of an adapted module" else contenders[1:]
+        assert all(f"| {name} |" in section for name in named)
+    for task, target in {"forward": "1.10", "forward and backward": "1.12", "decoding": "1.15"}.items():
+        assert re.search(rf"tokens, {task}: target at most {target}; (reached|missed) with \d", printed)
+
+
+def test_mixed_command_prints_its_two_tables():
+    printed = quick("mixed")
+    for contender in ("TinyLoRA, a bank", "LoRA r=2"):
+        assert all(f"| {contender} | {distinct} |" in printed for distinct in (1, 8, 64))
+    assert re.search(r"- decoding: target at most 1\.2 times one adapter; (reached|missed) with \d", printed)
+    assert re.search(r"\| 10,000 \| \d+ \| .*\n\n- target under 10 MB; (reached|missed) with \d", printed)

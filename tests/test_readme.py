@@ -11,11 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_the_python_of_the_readme_runs_and_trains_thirteen_numbers(tmp_path) -> None:
-    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    code = "".join(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL))
     shutil.copytree(ROOT / "trl_recipes" / "embedded" / "model", tmp_path / "trl_recipes" / "embedded" / "model")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "trainable params: 13 ||" in done.stdout
+    assert done.stdout.count("one row each:") == 1
     assert (tmp_path / "outputs" / "readme_adapter" / "adapter_model.safetensors").exists()
 
 
