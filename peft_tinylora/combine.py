@@ -5,10 +5,15 @@ methods that prune or vote before they add (TIES, https://huggingface.co/papers/
 https://huggingface.co/papers/2311.03099) are PEFT's own, with v as the task vector.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from peft import PeftConfig
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
+
+from .layer import TinyLoraLayer
+from .mixed import have_same_basis
+from .vector import Vectors
 
 
 PRUNING = {"magnitude_prune": magnitude_prune, "dare_linear": dare_linear}
@@ -29,6 +34,39 @@ def check_combination(combination_type: str, density: float | None, majority_sig
         )
     if majority_sign_method not in ("total", "frequency"):
         raise ValueError(f"majority_sign_method={majority_sign_method!r}: allowed are 'total' and 'frequency'.")
+
+
+def check_adapters(
+    configs: Mapping[str, PeftConfig],
+    vectors: Vectors,
+    layers: Sequence[TinyLoraLayer],
+    adapters: Sequence[str],
+    weights: Sequence[float],
+    adapter_name: str,
+) -> None:
+    """Raise `ValueError` if adapters of a model cannot be combined to one under that name.
+
+    Args:
+        configs (`Mapping[str, PeftConfig]`): of the adapters that the model has.
+        vectors ([`Vectors`]), layers (`Sequence[TinyLoraLayer]`): the model's.
+        adapters (`Sequence[str]`), weights (`Sequence[float]`), adapter_name (`str`): as in `add_weighted_adapter`.
+    """
+    unknown = [name for name in adapters if name not in configs]
+    if unknown or not adapters or len(weights) != len(adapters):
+        raise ValueError(
+            f"adapters={adapters}, weights={weights}: a weight is needed for each of one or more adapters of the "
+            f"model, which has {', '.join(map(repr, configs))}."
+        )
+    if adapter_name in configs:
+        raise ValueError(f"adapter_name={adapter_name!r}: the model has an adapter of that name. Delete it first.")
+    if any(configs[name].modules_to_save or configs[name].bias != "none" for name in adapters):
+        raise ValueError(f"adapters={adapters}: one of them trains more than v, which cannot be combined.")
+    others = [name for name in adapters if not have_same_basis(layers, vectors, adapters[0], name)]
+    if others:
+        raise ValueError(
+            f"adapters={adapters}: {others[0]!r} has another basis than {adapters[0]!r}, so that no v is their sum. "
+            "Convert them by peft.save_as_lora and combine those with combination_type='cat'."
+        )
 
 
 def combine(

@@ -20,7 +20,7 @@ from torch import nn
 
 from . import checkpoint
 from .assignment import Assignment, assign, read_from_file
-from .combine import check_combination, combine
+from .combine import check_adapters, check_combination, combine
 from .config import check_peft_fields, conventions_of
 from .embedding import Embedding
 from .errors import AdapterFileError, ConfigError
@@ -28,7 +28,7 @@ from .experts import ParamWrapper, wrapper_of_parameter
 from .layer import TinyLoraLayer
 from .linear import Linear
 from .merging import TOLERATED_LOSS, merge_layers, warn_of_loss
-from .mixed import have_same_basis, mixed_batch
+from .mixed import mixed_batch
 from .survival import MergeReport
 from .targets import expand_all_linear, find_targets, targets_in_state_dict
 from .vector import Vectors, new_vector
@@ -121,6 +121,8 @@ class TinyLoraModel(BaseTuner):
                 f"adapter_name={adapter_name!r}: torch cannot keep parameters under the name of a module's attribute, "
                 "such as 'half', 'train' or 'type'. Choose another name."
             )
+        if self.tinylora_v.bank_with(adapter_name) is not None:
+            raise ConfigError(f"adapter_name={adapter_name!r}: a bank of the model has an adapter of that name.")
         config = self._prepare_adapter_config(config, self.get_model_config(model))
         has_factors = any(".tinylora_A" in key for key in state_dict or ())  # a compact file has none, or not all
         by_state_dict = has_factors and not getattr(config, "format_version", None)
@@ -316,27 +318,11 @@ class TinyLoraModel(BaseTuner):
             ValueError: if an argument cannot be meant, or the adapters differ in more than v; nothing is added.
         """
         check_combination(combination_type, density, majority_sign_method)
-        unknown = [name for name in adapters if name not in self.peft_config]
-        if unknown or not adapters or len(weights) != len(adapters):
-            raise ValueError(
-                f"adapters={adapters}, weights={weights}: a weight is needed for each of one or more adapters of the "
-                f"model, which has {', '.join(map(repr, self.peft_config))}."
-            )
-        if adapter_name in self.peft_config:
-            raise ValueError(f"adapter_name={adapter_name!r}: the model has an adapter of that name. Delete it first.")
-        configs = [self.peft_config[name] for name in adapters]
-        if any(config.modules_to_save or config.bias != "none" for config in configs):
-            raise ValueError(f"adapters={adapters}: one of them trains more than v, which cannot be combined.")
         layers = [module for module in self.model.modules() if isinstance(module, TinyLoraLayer)]
-        others = [name for name in adapters if not have_same_basis(layers, self.tinylora_v, adapters[0], name)]
-        if others:
-            raise ValueError(
-                f"adapters={adapters}: {others[0]!r} has another basis than {adapters[0]!r}, so that no v is their sum. "
-                "Convert them by peft.save_as_lora and combine those with combination_type='cat'."
-            )
+        check_adapters(self.peft_config, self.tinylora_v, layers, adapters, weights, adapter_name)
         tables = [self.tinylora_v.vectors_of(name) for name in adapters]
         combined = combine(tables, weights, combination_type, density, majority_sign_method)
-        self.peft_config[adapter_name] = copy.deepcopy(configs[0])
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
         try:
             self.inject_adapter(self.model, adapter_name)
         except Exception:

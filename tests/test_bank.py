@@ -252,6 +252,13 @@ def test_bad_values_are_named(tiny_llama, model) -> None:
         )
 
 
+def test_an_adapter_of_the_model_cannot_take_a_name_of_a_bank(model) -> None:
+    AdapterBank(model)["ada"] = numbers(0)
+    with pytest.raises(ConfigError, match="adapter_name='ada': a bank of the model has an adapter of that name"):
+        model.add_adapter("ada", TinyLoraConfig(**TILED))
+    assert list(model.peft_config) == ["default"]
+
+
 def test_banks_over_two_adapters_of_one_basis_go_together(model, tokens) -> None:
     model.add_adapter("second", TinyLoraConfig(**TILED))
     AdapterBank(model)["a"] = numbers(1)
