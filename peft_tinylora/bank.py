@@ -6,7 +6,7 @@ another adapter costs what a batch of one adapter costs (mixed.py).
 """
 
 import threading
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from tqdm import tqdm
 from . import compact
 from .checkpoint import damaged_file
 from .config import TinyLoraConfig
-from .errors import AdapterFileError, ConfigError
+from .errors import AdapterFileError, BasisMismatchError, ConfigError
 from .experts import ParamWrapper
-from .layer import TinyLoraLayer
+from .layer import FactorState, TinyLoraLayer, is_same_state
 from .mixed import BASE
 
 
@@ -78,13 +78,14 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
         self._vectors = next(iter(self._layers.values())).tinylora_v
         if adapter_name in self._vectors.adapter_banks:
             raise ConfigError(f"AdapterBank: the model has a bank over {adapter_name!r} already; add to that.")
-        shape = self._vectors.vectors_of(adapter_name)
+        table = self._vectors.vectors_of(adapter_name)
         # Rows are written once and not used again, so that who reads needs no lock. Pairs of what belongs together.
-        self._held: tuple[torch.Tensor, dict[str, int]] = shape.new_empty(8, *shape.shape, device="cpu"), {}
+        self._held: tuple[torch.Tensor, dict[str, int]] = _new_table(8, table.shape, table.dtype), {}
         self._next_row = 0
         self._writing = threading.Lock()
-        self._checked_with: list[list[tuple[int, int]]] = []
-        self._accepted: set[tuple[str, str]] = set()  # of fingerprints, as long as the factors are those
+        self._sketches = compact.sketches_of(self._layers, adapter_name)
+        self._state = self._state_of_factors()
+        self._accepted: set[tuple[str, str]] = set()  # fingerprints of factors that were found to be these
         self._vectors.adapter_banks[adapter_name] = self
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -102,26 +103,37 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
         Raises:
             ValueError: if the name is taken by the model or another bank, or v has another shape or is not finite.
         """
+        self._store({name: self._checked(name, v)})
+
+    def _checked(self, name: str, v: torch.Tensor) -> torch.Tensor:
+        """v as the table holds it; raises as [`__setitem__`]."""
+        table = self._held[0]
         self._check_name(name)
-        wanted = tuple(self._held[0].shape[1:])
-        if tuple(v.shape) != wanted:
+        if not isinstance(v, torch.Tensor) or v.is_complex() or v.shape != table.shape[1:]:
+            found = f"shape {tuple(v.shape)}, {v.dtype}" if isinstance(v, torch.Tensor) else f"type {type(v).__name__}"
             raise ValueError(
-                f"bank[{name!r}]: v has shape {tuple(v.shape)}, and adapter {self.adapter_name!r} has {wanted}."
+                f"bank[{name!r}]: v is a tensor of shape {tuple(table.shape[1:])}, as adapter {self.adapter_name!r} has, "
+                f"and not of {found}."
             )
+        v = v.detach().to(table)
         if not v.isfinite().all():
-            raise ValueError(f"bank[{name!r}]: v holds NaN or Inf.")
+            raise ValueError(f"bank[{name!r}]: v holds NaN or Inf, or numbers that {table.dtype} cannot hold.")
+        return v
+
+    def _store(self, vectors: Mapping[str, torch.Tensor]) -> None:
         with self._writing:
-            table, row_of = self._held
-            if self._next_row == len(table):
-                rows = list(row_of.values())
-                larger = table.new_empty(max(8, 2 * len(rows)), *wanted)
-                larger[: len(rows)] = table[rows]
-                table, row_of = larger, {name: row for row, name in enumerate(row_of)}
-                self._next_row = len(rows)
-                self._held = table, row_of
-            table[self._next_row] = v.detach()
-            row_of[name] = self._next_row
-            self._next_row += 1
+            for name, v in vectors.items():
+                table, row_of = self._held
+                if self._next_row == len(table):
+                    rows = list(row_of.values())
+                    larger = _new_table(max(8, 2 * len(rows)), table.shape[1:], table.dtype)
+                    larger[: len(rows)] = table[rows]
+                    table, row_of = larger, {held: row for row, held in enumerate(row_of)}
+                    self._next_row = len(rows)
+                    self._held = table, row_of
+                table[self._next_row] = v
+                row_of[name] = self._next_row
+                self._next_row += 1
 
     def __delitem__(self, name: str) -> None:
         with self._writing:
@@ -178,7 +190,7 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
         for name in sources:
             self._check_name(name)
         progress = tqdm(sources.items(), desc="Adapters", unit="adapter", disable=len(sources) < 20, leave=False)
-        self.update({name: self._read(source, **options) for name, source in progress})
+        self._store({name: self._checked(name, self._read(source, **options)) for name, source in progress})
         return list(sources)
 
     def _read(self, source: str | Path, **options: Any) -> torch.Tensor:
@@ -204,25 +216,52 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
 
     def _check_basis(self, source: str | Path, saved: dict[str, str]) -> None:
         # Adapters that were saved on one machine have the same fingerprint of their factors: one comparison is enough.
-        state = [layer.state_of_factors(self.adapter_name) for layer in self._layers.values()]
-        if state != self._checked_with:
-            self._checked_with, self._accepted = state, set()
+        self.check_factors()
         of_factors = saved["groups"], saved["modules"]
         if of_factors not in self._accepted:
             compact.check_same_basis(str(source), saved, self.adapter_name, self._layers)
             self._accepted.add(of_factors)
 
+    def check_factors(self) -> None:
+        """Raise [`BasisMismatchError`] if the adapter's factors are not those that the bank was made over."""
+        state = self._state_of_factors()
+        if all(map(is_same_state, self._state, state)):
+            return
+        for (name, layer), sketch in zip(self._layers.items(), self._sketches, strict=True):
+            distance = compact.distance_from(layer, self.adapter_name, sketch)
+            if not distance <= compact.SKETCH_TOLERANCE:
+                raise BasisMismatchError(
+                    f"Adapter {self.adapter_name!r} has other factors than when the bank was opened over it: module "
+                    f"{name!r} differs by {distance:.2g}. Open a bank over it anew, and add its adapters again."
+                )
+        self._state = state  # they were moved to another device, say
+
+    def _state_of_factors(self) -> list[FactorState]:
+        return [layer.state_of_factors(self.adapter_name) for layer in self._layers.values()]
+
     def _check_name(self, name: str) -> None:
+        if self._vectors.adapter_banks.get(self.adapter_name) is not self:
+            raise ValueError(f"bank[{name!r}]: adapter {self.adapter_name!r}, which the bank was over, was deleted.")
+        if not isinstance(name, str):
+            raise ValueError(f"bank[{name!r}]: the name of an adapter is a string.")
         other = self._vectors.bank_with(name)
         if name == BASE or name in self._vectors or other not in (None, self):
             holder = "PEFT's name for no adapter" if name == BASE else "the name of another adapter of the model"
             raise ValueError(f"bank[{name!r}]: {name!r} is {holder}. Choose another name.")
+
+    def __copy__(self) -> None:
+        raise TypeError("A bank belongs to its model: copy the model, or take dict(bank).")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_writing"}  # a lock cannot be copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _writing=threading.Lock())
+
+
+@torch.inference_mode(False)  # a server may be in it, and what is made in it could not be written to outside
+def _new_table(rows: int, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(rows, *shape, dtype=torch.promote_types(dtype, torch.float32))
 
 
 def _name_of(source: str | Path) -> str:

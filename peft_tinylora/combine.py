@@ -5,6 +5,7 @@ methods that prune or vote before they add (TIES, https://huggingface.co/papers/
 https://huggingface.co/papers/2311.03099) are PEFT's own, with v as the task vector.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -52,9 +53,9 @@ def check_adapters(
         adapters (`Sequence[str]`), weights (`Sequence[float]`), adapter_name (`str`): as in `add_weighted_adapter`.
     """
     unknown = [name for name in adapters if name not in configs]
-    if unknown or not adapters or len(weights) != len(adapters):
+    if unknown or not adapters or len(weights) != len(adapters) or not all(map(math.isfinite, weights)):
         raise ValueError(
-            f"adapters={adapters}, weights={weights}: a weight is needed for each of one or more adapters of the "
+            f"adapters={adapters}, weights={weights}: a finite weight is needed for each of one or more adapters of the "
             f"model, which has {', '.join(map(repr, configs))}."
         )
     if adapter_name in configs:

@@ -204,17 +204,23 @@ def check_same_basis(
         )
     sketches = fingerprint.decode(saved["modules"], (layer.r[adapter_name] for layer in layers.values()))
     for (name, layer), sketch in zip(layers.items(), sketches, strict=True):
-        basis, P = layer.basis(adapter_name), layer.tinylora_P[adapter_name]
-        of_factors, of_projection = (
-            fingerprint.factor_distance(basis, sketch),
-            fingerprint.projection_distance(P, sketch),
-        )
-        if not max(of_factors, of_projection) <= SKETCH_TOLERANCE:
-            what = "basis" if of_factors > of_projection else "projection"
+        distance = distance_from(layer, adapter_name, sketch)
+        if not distance <= SKETCH_TOLERANCE:
             raise BasisMismatchError(
-                f"{source} has another {what} than adapter {adapter_name!r}: module {name!r} differs by "
-                f"{max(of_factors, of_projection):.2g}, allowed is {SKETCH_TOLERANCE:g}. {LOAD_APART}"
+                f"{source} was trained with another basis or projection than adapter {adapter_name!r} has: module {name!r} "
+                f"differs by {distance:.2g}, allowed is {SKETCH_TOLERANCE:g}. {LOAD_APART}"
             )
+
+
+def sketches_of(layers: Mapping[str, TinyLoraLayer], adapter_name: str) -> list[torch.Tensor]:
+    """The sketch of the factors and the projection of each module."""
+    return [fingerprint.sketch(layer.basis(adapter_name), layer.tinylora_P[adapter_name]) for layer in layers.values()]
+
+
+def distance_from(layer: TinyLoraLayer, adapter_name: str, sketch: torch.Tensor) -> float:
+    """Estimate of the relative distance of a module's factors, or of its projection, from those in `sketch`."""
+    basis, P = layer.basis(adapter_name), layer.tinylora_P[adapter_name]
+    return max(fingerprint.factor_distance(basis, sketch), fingerprint.projection_distance(P, sketch))
 
 
 def _checked(

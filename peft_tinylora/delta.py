@@ -42,7 +42,7 @@ def multiply_rows(x: torch.Tensor, A: torch.Tensor, B: torch.Tensor, R: torch.Te
         `torch.Tensor`: shape (rows, ..., out).
     """
     h = F.linear(x, A)
-    return F.linear((h.flatten(1, -2) @ R.mT).view(h.shape) if h.ndim > 2 else (R @ h[..., None])[..., 0], B)
+    return F.linear((h.reshape(len(R), -1, R.shape[-1]) @ R.mT).view(h.shape), B)
 
 
 def look_up(rows: torch.Tensor, A: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
@@ -55,6 +55,11 @@ def look_up(rows: torch.Tensor, A: torch.Tensor, R: torch.Tensor) -> torch.Tenso
         `torch.Tensor`: shape (..., in).
     """
     return rows @ (R @ A)
+
+
+def look_up_rows(rows: torch.Tensor, A: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+    """As [`look_up`], with an R for each row of a batch: rows of B (batch, ..., r), R (batch, r, r)."""
+    return (rows.reshape(len(R), -1, R.shape[-1]) @ (R @ A)).view(*rows.shape[:-1], A.shape[-1])
 
 
 def dense(A: torch.Tensor, B: torch.Tensor, R: torch.Tensor) -> torch.Tensor:

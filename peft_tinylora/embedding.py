@@ -34,7 +34,7 @@ class Embedding(TinyLoraLayer, nn.Module):
             A, B = self.tinylora_A[name], self.tinylora_B[name]
             with without_autocast(x.device.type):
                 rows = self.tinylora_dropout[name](F.embedding(x, B))
-                update = delta.look_up(rows, A, R)
+                update = delta.look_up(rows, A, R) if R.ndim == 2 else delta.look_up_rows(rows, A, R)
                 result = result + (update if scale is None else update * scale.to(update))
         return result.to(dtype)
 

@@ -25,12 +25,14 @@ from .basis import Basis
 from .gather import device_of, is_offloaded
 from .merging import KeptBase, Mergeable
 from .survival import Survival
-from .vector import Vectors
+from .vector import Vectors, version_of
 from .weight import dense_matrix, matrix_shape, stored_tensor, to_stored, working_dtype
 
 
 if TYPE_CHECKING:
     from .mixed import Batch
+
+FactorState = list[tuple[torch.Tensor, int]]
 
 
 class TinyLoraLayer(Mergeable, BaseTunerLayer):
@@ -66,7 +68,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         self.basis_angles: dict[str, float | None] = {}
         self._shared_vectors = (vectors,)  # in a tuple, or nn.Module would register it here
         self.position = vectors.next_position()
-        self._compared: dict[tuple[str, str], tuple[list[Any], bool]] = {}
+        self._compared: dict[tuple[str, str], tuple[FactorState, FactorState, bool]] = {}
         self._kept: KeptBase | None = None  # the original while merged
         self.survival: Survival | None = None  # of the update, in the last merge
         self._disable_adapters = False
@@ -171,30 +173,23 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         present = [name for name in (adapter_name, other) if name in self.tinylora_A]
         if len(present) != 2 or self.groups(adapter_name) != self.groups(other):
             return not present
-        state = [*self.state_of_factors(adapter_name), *self.state_of_factors(other)]
+        own, others = self.state_of_factors(adapter_name), self.state_of_factors(other)
         known = self._compared.get((adapter_name, other))
-        if known is None or known[0] != state:
-            pairs = [
-                (factors[adapter_name], factors[other])
-                for factors in (self.tinylora_A, self.tinylora_B, self.tinylora_P)
-            ]
-            same = all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs)
-            known = self._compared[adapter_name, other] = state, same
-        return known[1]
+        if known is None or not (is_same_state(known[0], own) and is_same_state(known[1], others)):
+            same = all(a.shape == b.shape and torch.equal(a, b) for (a, _), (b, _) in zip(own, others, strict=True))
+            known = self._compared[adapter_name, other] = own, others, same
+        return known[2]
 
-    def state_of_factors(self, adapter_name: str) -> list[tuple[int, int]]:
-        """What changes whenever A, B or P of an adapter is replaced or written to."""
+    def state_of_factors(self, adapter_name: str) -> FactorState:
+        """A, B and P of an adapter, each with torch's version: another one if they are replaced or written to."""
         self.ensure_basis(adapter_name)
         tensors = [factors[adapter_name] for factors in (self.tinylora_A, self.tinylora_B, self.tinylora_P)]
-        return [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
+        return [(tensor, version_of(tensor)) for tensor in tensors]
 
     def mixed_batch(self) -> "Batch | None":
         """The mixed batch that this thread computes now, if it computes one."""
         batches = self.tinylora_v.mixed_batches
-        if not batches:
-            return None
-        # torch.compile cannot ask for the thread, and follows one at a time.
-        return next(iter(batches.values())) if torch.compiler.is_compiling() else batches.get(get_ident())
+        return _batch_of_this_thread(batches) if batches else None
 
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape (out, in) of the weight W."""
@@ -315,3 +310,15 @@ def _made_and_checked(
     check: Callable[[Basis, torch.Tensor], Basis],
 ) -> Basis:
     return check(make(layer), layer.tinylora_P[adapter_name])
+
+
+def is_same_state(before: FactorState, now: FactorState) -> bool:
+    """Whether no factor was replaced or written to in between."""
+    pairs = zip(before, now, strict=True)
+    return all(tensor is other and version == of_other for (tensor, version), (other, of_other) in pairs)
+
+
+# torch.compile cannot ask for the thread: in a compiled model a mixed batch breaks the graph here.
+@torch.compiler.disable
+def _batch_of_this_thread(batches: "dict[int, Batch]") -> "Batch | None":
+    return batches.get(get_ident())

@@ -5,16 +5,20 @@ torch.compile, torch.export and torch.func take apart themselves, and which adds
 """
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _global_forward_hooks
+from transformers.pytorch_utils import Conv1D
 
 from . import delta
 from .layer import TinyLoraLayer
 from .product import AddUpdate, Folded, without_autocast
-from .vector import Vectors
+from .vector import Vectors, have_same_value
 
 
 if TYPE_CHECKING:
@@ -65,8 +69,9 @@ class Linear(TinyLoraLayer, nn.Module):
     def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
         """Add the update of one adapter by the fused product."""
         folded = self.folded(name)
-        if self.training:
-            x = self.tinylora_dropout[name](x)
+        dropout = self._modules["tinylora_dropout"]._modules[name]
+        if type(dropout) is not nn.Identity:
+            x = dropout(x)
         owned = self._is_owned(result)
         if not torch.is_grad_enabled():
             return folded.add_update(result if owned else _copy(result), x)
@@ -100,21 +105,41 @@ class Linear(TinyLoraLayer, nn.Module):
 
     def _is_owned(self, result: torch.Tensor) -> bool:
         """Whether nobody but this layer holds what the base layer returned, so that it may be written to."""
-        return result.is_contiguous() and not self._modules["base_layer"]._forward_hooks
+        base_layer = self._modules["base_layer"]
+        makes_its_output = type(base_layer) in (nn.Linear, Conv1D) or self.quantization_backend is not None
+        is_watched = base_layer._forward_hooks or _global_forward_hooks or "forward" in vars(base_layer)
+        return makes_its_output and not is_watched and result.is_contiguous()
 
     def folded(self, adapter_name: str) -> Folded:
         """What this layer multiplies by for an adapter, folded anew if v or a factor has another value."""
-        values = self._shared_vectors[0].current_vectors(adapter_name, self.position)
-        modules = self._modules
+        modules, vectors = self._modules, self._shared_vectors[0]
         A = modules["tinylora_A"]._buffers[adapter_name]
         B = modules["tinylora_B"]._buffers[adapter_name]
         P = modules["tinylora_P"]._buffers[adapter_name]
+        [group] = self._groups[adapter_name]
+        v, values = vectors.vector_of(adapter_name, group), None
         known = self._folded.get(adapter_name)
-        if known is None or not known.is_of(values, A, B, P):
-            self.ensure_basis(adapter_name)
-            A, B = self.tinylora_A[adapter_name], self.tinylora_B[adapter_name]
-            known = self._folded[adapter_name] = Folded(values, A, B, P, *self.vectors(adapter_name))
-        return known
+        if known is not None and not known.has_factors(A, B, P):
+            known = None
+        if is_compared_at_once(v):
+            if known is not None and have_same_value(known.v, v):
+                return known
+        else:
+            values = vectors.values_in_this_pass(adapter_name, group, self.position)
+            if known is not None and known.values is values:
+                return known
+            v = values[list(vectors[adapter_name]).index(group)]
+        self.ensure_basis(adapter_name)
+        A, B = self.tinylora_A[adapter_name], self.tinylora_B[adapter_name]
+        self._folded[adapter_name] = Folded(A, B, P, v, values)
+        return self._folded[adapter_name]
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        self._folded.clear()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_folded": {}}
 
     def forget(self, adapter_name: str) -> None:
         """Drop what this layer holds of an adapter; see [`TinyLoraLayer.forget`]."""
@@ -126,6 +151,17 @@ def _copy(result: torch.Tensor) -> torch.Tensor:
     return result.clone(memory_format=torch.contiguous_format)
 
 
+def is_compared_at_once(v: torch.Tensor) -> bool:
+    """Whether the value of v can be looked at without waiting for a device."""
+    return v.device.type == "cpu"
+
+
 def _is_taken_apart() -> bool:
-    """Whether torch.compile, torch.export or torch.func follows the computation."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether torch.compile, torch.export, torch.func, forward-mode differentiation or a mode follows the computation."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import GenerationConfig
 
 from .experts import ParamWrapper
 from .layer import TinyLoraLayer
@@ -66,43 +68,62 @@ class Batch:
             [name] = set(layer.weight_names.values())
             raise ValueError(
                 f"adapter_names has {self.size} names, and module {name!r} sees {size} rows: give one name for each row "
-                f"of the batch, {BASE!r} for none."
+                f"of the batch, {BASE!r} for none. Modules that see something else than its rows (flattened tokens, "
+                "positions, images) cannot take part."
             )
         return [rows for rows in self._by_size[size] if rows.adapter_name in layer.tinylora_A]
 
 
 @contextmanager
 def mixed_batch(
-    model: nn.Module, vectors: Vectors, adapter_names: Sequence[str], options: Mapping[str, Any]
+    model: nn.Module,
+    vectors: Vectors,
+    adapter_names: Sequence[str],
+    args: Sequence[Any],
+    options: Mapping[str, Any],
 ) -> Iterator[None]:
     """While this lasts, the layers of `model` take each row's adapter from `adapter_names`, in this thread.
+
+    A layer goes by the first dimension of what it is given. What has another meaning there than rows (a model that computes
+    the sequence first, or an image tower) is refused where the number differs, and cannot be told where it is the same.
 
     Args:
         model (`nn.Module`): the base model, with the layers in it.
         vectors ([`Vectors`]): theirs.
         adapter_names (`Sequence[str]`): an adapter of the model or of a bank over one, or `"__base__"`, for each row.
-        options (`Mapping[str, Any]`): what `forward` or `generate` was called with beside it.
+        args, options: what `forward` or `generate` was called with beside it.
 
     Raises:
         ValueError: if a name is unknown, or the model cannot compute a mixed batch; nothing was computed.
         TypeError: if `adapter_names` is no list of names.
     """
-    vectors.mixed_batches[get_ident()] = _make_batch(model, vectors, adapter_names, options)
+    thread, batches = get_ident(), vectors.mixed_batches
+    outer = batches.get(thread)  # of a model that is called while it generates
+    batch = batches[thread] = _make_batch(model, vectors, adapter_names, args, options)
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    handles = [_tell(wrapper, adapter_names) for wrapper in wrappers]
+    handles = [_tell(wrapper, batches, batch, list(adapter_names)) for wrapper in wrappers]
     try:
         yield
     finally:
-        del vectors.mixed_batches[get_ident()]
+        if outer is None:
+            del batches[thread]
+        else:
+            batches[thread] = outer
         for handle in handles:
             handle.remove()
 
 
 @torch.compiler.disable
-def _make_batch(model: nn.Module, vectors: Vectors, adapter_names: Sequence[str], options: Mapping[str, Any]) -> Batch:
+def _make_batch(
+    model: nn.Module,
+    vectors: Vectors,
+    adapter_names: Sequence[str],
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+) -> Batch:
     layers = [module for module in model.modules() if isinstance(module, TinyLoraLayer)]
     _check(model, layers, vectors, adapter_names)
-    return Batch(_served(layers, vectors, adapter_names), len(adapter_names), _copies(model, options))
+    return Batch(_served(layers, vectors, adapter_names), len(adapter_names), _copies(model, args, options))
 
 
 def _check(model: nn.Module, layers: Sequence[TinyLoraLayer], vectors: Vectors, adapter_names: Sequence[str]) -> None:
@@ -128,13 +149,24 @@ def _check(model: nn.Module, layers: Sequence[TinyLoraLayer], vectors: Vectors, 
             )
 
 
-def _copies(model: nn.Module, options: Mapping[str, Any]) -> int:
-    """How often `generate` repeats each row of its batch before it decodes."""
-    defaults = options.get("generation_config") or getattr(model, "generation_config", None)
-    wanted = [
-        options.get(name) or getattr(defaults, name, None) or 1 for name in ("num_beams", "num_return_sequences")
-    ]
-    return max(wanted)
+# One of these among the options tells `generate` from `forward`.
+GENERATION_OPTIONS = frozenset(
+    ("generation_config", "do_sample", "max_length", "max_new_tokens", "min_new_tokens", "num_beams")
+    + ("num_return_sequences", "stopping_criteria", "logits_processor")
+)
+
+
+def _copies(model: nn.Module, args: Sequence[Any], options: Mapping[str, Any]) -> int:
+    """How often `generate` repeats each row of its batch before it decodes; 1 for `forward`."""
+    given = [options.get("generation_config"), *(arg for arg in args if isinstance(arg, GenerationConfig))]
+    if not GENERATION_OPTIONS & options.keys() and not any(given):
+        return 1
+    configs = [config for config in (*given, getattr(model, "generation_config", None)) if config is not None]
+    found = []
+    for name in ("num_beams", "num_return_sequences"):
+        values = [options.get(name), *(getattr(config, name, None) for config in configs)]
+        found.append(next((value for value in values if value is not None), 1))
+    return max(found)
 
 
 def _served(layers: Sequence[TinyLoraLayer], vectors: Vectors, adapter_names: Sequence[str]) -> list[Rows]:
@@ -150,7 +182,10 @@ def _served(layers: Sequence[TinyLoraLayer], vectors: Vectors, adapter_names: Se
         basis = next((other for other in served if have_same_basis(layers, vectors, holder, other)), holder)
         if basis not in served:
             table = vectors.vectors_of(basis)
-            served[basis] = table.new_zeros(len(adapter_names), *table.shape)
+            dtype = torch.promote_types(table.dtype, torch.float32)
+            served[basis] = table.new_zeros(len(adapter_names), *table.shape, dtype=dtype)
+        if bank is not None:
+            bank.check_factors()
         served[basis][own] = (vectors.vectors_of(name) if bank is None else bank[name]).to(served[basis])
     return [Rows(basis, v) for basis, v in served.items()]
 
@@ -163,8 +198,16 @@ def have_same_basis(layers: Sequence[TinyLoraLayer], vectors: Vectors, name: str
     )
 
 
-def _tell(wrapper: AuxiliaryTrainingWrapper, adapter_names: Sequence[str]) -> Any:
-    """Have a module that was trained whole, for `modules_to_save`, take its rows as PEFT does."""
-    return wrapper.register_forward_pre_hook(
-        lambda _, args, kwargs: (args, {**kwargs, "adapter_names": list(adapter_names)}), with_kwargs=True
-    )
+def _tell(
+    wrapper: AuxiliaryTrainingWrapper, batches: Mapping[int, Batch], batch: Batch, adapter_names: list[str]
+) -> RemovableHandle:
+    """Have a module that was trained whole, for `modules_to_save`, take the rows of this batch as PEFT does."""
+    known = [name if name in wrapper._adapters else BASE for name in adapter_names]
+
+    def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if batches.get(get_ident()) is not batch:  # another thread's pass through the same module
+            return args, kwargs
+        copies = len(args[0]) // max(1, len(known))
+        return args, {**kwargs, "adapter_names": [name for name in known for _ in range(max(1, copies))]}
+
+    return wrapper.register_forward_pre_hook(tell, with_kwargs=True)

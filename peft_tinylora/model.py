@@ -28,7 +28,7 @@ from .experts import ParamWrapper, wrapper_of_parameter
 from .layer import TinyLoraLayer
 from .linear import Linear
 from .merging import TOLERATED_LOSS, merge_layers, warn_of_loss
-from .mixed import mixed_batch
+from .mixed import BASE, mixed_batch
 from .survival import MergeReport
 from .targets import expand_all_linear, find_targets, targets_in_state_dict
 from .vector import Vectors, new_vector
@@ -116,6 +116,8 @@ class TinyLoraModel(BaseTuner):
         """Plan the adapter, wrap its target modules, and leave the trainability of other adapters as it was."""
         config = self.peft_config[adapter_name]
         check_peft_fields(config)
+        if adapter_name == BASE:
+            raise ConfigError(f"adapter_name={BASE!r} is PEFT's name for no adapter. Choose another name.")
         if adapter_name not in self.tinylora_v and hasattr(self.tinylora_v, adapter_name):
             raise ConfigError(
                 f"adapter_name={adapter_name!r}: torch cannot keep parameters under the name of a module's attribute, "
@@ -296,6 +298,7 @@ class TinyLoraModel(BaseTuner):
             self._warned_of_loss = True
             warn_of_loss(report.total, quantized=any(layer.quantization_backend for layer in layers.values()))
 
+    @torch.inference_mode(False)  # a server may be in it, and what is made in it could not be trained
     @torch.no_grad()
     def add_weighted_adapter(
         self,
@@ -349,7 +352,7 @@ class TinyLoraModel(BaseTuner):
             yield
             return
         options = {name: value for name, value in kwargs.items() if name != "adapter_names"}
-        with mixed_batch(self.model, self.tinylora_v, kwargs["adapter_names"], options):
+        with mixed_batch(self.model, self.tinylora_v, kwargs["adapter_names"], args, options):
             yield
 
     @classmethod

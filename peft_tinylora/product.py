@@ -14,34 +14,45 @@ import torch
 
 from . import delta
 from .thin import Thin
+from .vector import version_of
 
 
 class Folded:
-    """What a module multiplies by for one adapter, as long as v has the value that it was made from.
+    """What a module multiplies by for one adapter, as long as v and the factors are as they were.
 
     Args:
-        values (`torch.Tensor`): all v of the adapter, of which v is one; see [`Vectors.current_vectors`].
         A (`torch.Tensor`): shape (r, in), float32 or float64.
         B (`torch.Tensor`): shape (out, r).
         P (`torch.Tensor`): shape (u, r, r).
-        v (`torch.Tensor`): shape (u,).
+        v (`torch.Tensor`): shape (u,); its value is copied.
+        values (`torch.Tensor`, *optional*): what v was taken from; see [`Vectors.values_in_this_pass`].
     """
 
     def __init__(
-        self, values: torch.Tensor, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor, v: torch.Tensor
+        self, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor, v: torch.Tensor, values: torch.Tensor | None = None
     ) -> None:
-        self.values, self.B, self.P = values, B, P
-        # Tensors made in inference mode have no version, and cannot be written to outside of it.
-        self._versioned = not any(factor.is_inference() for factor in (A, B, P))
-        self._versions = (A._version, B._version, P._version) if self._versioned else ()
-        self.R = delta.mix(v.detach(), P)
-        self.A = Thin(A)
-        self.F = Thin(self.R.T @ B.T)
+        self.A, self.B, self.P, self.v, self.values = Thin(A), B, P, v.detach().clone(), values
+        self._versions = version_of(A), version_of(B), version_of(P)
 
-    def is_of(self, values: torch.Tensor, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor) -> bool:
-        """Whether these are still the tensors that it was made from, and nobody wrote to the factors."""
-        same = values is self.values and A is self.A.M and B is self.B and P is self.P
-        return same and (not self._versioned or (A._version, B._version, P._version) == self._versions)
+    def has_factors(self, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor) -> bool:
+        """Whether these are still the tensors that it was made from, and nobody wrote to them."""
+        same = A is self.A.M and B is self.B and P is self.P
+        return same and (version_of(A), version_of(B), version_of(P)) == self._versions
+
+    @functools.cached_property
+    def R(self) -> torch.Tensor:
+        """Shape (r, r)."""
+        return delta.mix(self.v, self.P)
+
+    @functools.cached_property
+    def F(self) -> Thin:
+        """(B R)^T (r, out)."""
+        return Thin(self.R.T @ self.B.T)
+
+    @functools.cached_property
+    def BT(self) -> Thin:
+        """B^T (r, out)."""
+        return Thin(self.B.T.contiguous())
 
     def add_update(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y += x A^T R^T B^T, in place.
@@ -51,7 +62,7 @@ class Folded:
             x (`torch.Tensor`): shape (..., in).
         """
         x2, y2 = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if x.dtype == y.dtype == self.R.dtype:
+        if x.dtype == y.dtype == self.P.dtype:
             y2.addmm_(x2.mm(self.A.MT), self.F.M)  # as below, without two calls that decoding would feel
         else:
             self.F.add_to(y2, self.A.project(x2))
@@ -62,11 +73,6 @@ class Folded:
         h = self.A.project(x.reshape(-1, x.shape[-1])).view(len(R), -1, R.shape[-1])
         self.BT.add_to(y.view(-1, y.shape[-1]), (h @ R.mT).flatten(0, 1))
         return y
-
-    @functools.cached_property
-    def BT(self) -> Thin:
-        """B^T (r, out)."""
-        return Thin(self.B.T.contiguous())
 
 
 class AddUpdate(torch.autograd.Function):
@@ -107,7 +113,7 @@ class AddUpdate(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 grad_x = folded.A.expand(gB @ folded.R, ctx.x_dtype).view(ctx.x_shape)
             if ctx.needs_input_grad[2]:
-                grad_v = (folded.P.flatten(1) @ (gB.T @ h).flatten()).to(ctx.v_device, ctx.v_dtype)
+                grad_v = (folded.P.view(len(folded.P), -1) @ (gB.T @ h).view(-1)).to(ctx.v_device, ctx.v_dtype)
         return g, grad_x, grad_v, None, None
 
 

@@ -53,9 +53,15 @@ class Vectors(nn.ModuleDict):
         self._seen: dict[str, _Seen] = {}
 
     def next_position(self) -> int:
-        """A layer's place in the order in which layers were made, which is the order of a forward pass."""
+        """A layer's place in the order in which layers were made."""
         self._layers += 1
         return self._layers
+
+    def vector_of(self, adapter_name: str, group: str) -> torch.Tensor:
+        """The v of a group, shape (u,)."""
+        vectors = self._modules[adapter_name]
+        registered = vectors._parameters  # through ParameterDict it takes 20 times as long
+        return registered[group] if group in registered else vectors[group]
 
     def groups_of(self, adapter_name: str) -> list[str]:
         """The groups of an adapter in the order in which its file has them."""
@@ -65,46 +71,41 @@ class Vectors(nn.ModuleDict):
         """All v of an adapter as its file has them, shape (groups, u), a copy."""
         return torch.stack([self[adapter_name][group].detach().clone() for group in self.groups_of(adapter_name)])
 
-    def current_vectors(self, adapter_name: str, position: int) -> torch.Tensor:
-        """All v of an adapter as they are now, and the same tensor object as long as they have these values.
+    def values_in_this_pass(self, adapter_name: str, group: str, position: int) -> torch.Tensor:
+        """All v of an adapter, and the same tensor object as long as they have these values; for v on an accelerator.
 
-        The values are compared, once in each pass over the layers, because nothing else tells: writing to `v.data`, the
-        all-gather of FSDP2 and some optimizers leave a tensor's version as it was. On a GPU the comparison waits for
-        what was launched before, which is why it is not done at each layer.
+        Comparing values there waits for all that was launched before. So it is done once in each pass over the layers,
+        and where torch's version of the layer's own v has changed, which it does not by every way of writing: `v.data`,
+        fused optimizers and the all-gather of FSDP2 leave it as it was.
 
         Args:
             adapter_name (`str`): the adapter.
-            position (`int`): of the layer that asks. A position that is not further on than the last one begins a pass.
+            group (`str`): of the layer that asks.
+            position (`int`): of that layer. A pass begins with one that has asked in this pass already; one that is not
+                further on than the last may begin another part of the model, and they are looked at again.
+
+        Returns:
+            `torch.Tensor`: shape (groups, u), groups in the order in which they were made.
         """
         seen = self._seen.get(adapter_name)
-        if seen is None or position <= seen.position or seen.values.is_cuda:
-            return self._look(adapter_name, position)
-        seen.position = position
-        return seen.values
-
-    def _look(self, adapter_name: str, position: int) -> torch.Tensor:
-        seen = self._seen.get(adapter_name)
-        capturing = next(iter(self[adapter_name].values())).is_cuda and torch.cuda.is_current_stream_capturing()
+        v = self.vector_of(adapter_name, group)
+        capturing = v.is_cuda and torch.cuda.is_current_stream_capturing()
+        if seen is not None and not capturing and seen.serves(position, group, v):
+            return seen.values
+        vectors = {name: self.vector_of(adapter_name, name) for name in self[adapter_name]}
+        values = torch.stack([vector.detach().to(v.device) for vector in vectors.values()])
         if capturing:
-            return self._stacked(adapter_name)  # not kept: the graph computes with what v holds when it is replayed
-        if seen is None or position <= seen.position:
-            values = self._stacked(adapter_name)
-            if seen is not None and _are_equal(seen.values, values):
-                values = seen.values
-            seen = self._seen[adapter_name] = _Seen(values)
-        seen.position = position
-        return seen.values
-
-    def _stacked(self, adapter_name: str) -> torch.Tensor:
-        vectors = self[adapter_name]
-        registered = vectors._parameters  # read one at a time through ParameterDict they take 20 times as long
-        source = registered if len(registered) == len(vectors) else vectors
-        values = [source[group].detach() for group in source]  # DeepSpeed gathers what is asked for by its name
-        return torch.stack([v.to(values[0].device) for v in values])
+            return values  # not kept: the graph computes with what v holds when it is replayed
+        if seen is not None and have_same_value(seen.values, values):
+            values = seen.values
+        versions = {name: version_of(vector) for name, vector in vectors.items()}
+        asked = set() if seen is None or position in seen.asked else seen.asked
+        self._seen[adapter_name] = _Seen(values, versions, position, asked | {position})
+        return values
 
     def bank_with(self, name: str) -> "AdapterBank | None":
         """The bank that holds an adapter of this name, if one does."""
-        return next((bank for bank in self.adapter_banks.values() if name in bank), None)
+        return next((bank for bank in list(self.adapter_banks.values()) if name in bank), None)
 
     def forget_adapter(self, adapter_name: str) -> None:
         """Drop what is known of an adapter beside its v."""
@@ -113,14 +114,27 @@ class Vectors(nn.ModuleDict):
 
 
 class _Seen:
-    """All v of an adapter at the beginning of a pass, and the position of the last layer that asked for them."""
+    """All v of an adapter when they were looked at last, and which layers asked for them in this pass."""
 
-    __slots__ = ("position", "values")
+    def __init__(self, values: torch.Tensor, versions: dict[str, int], position: int, asked: set[int]) -> None:
+        self.values, self.asked = values, asked
+        self._versions, self._last = versions, position
 
-    def __init__(self, values: torch.Tensor) -> None:
-        self.values = values
+    def serves(self, position: int, group: str, v: torch.Tensor) -> bool:
+        """Whether the layer at `position` is one of this pass, and nobody is known to have written to its v."""
+        if position <= self._last or position in self.asked or version_of(v) != self._versions[group]:
+            return False
+        self._last = position
+        self.asked.add(position)
+        return True
 
 
-def _are_equal(seen: torch.Tensor, values: torch.Tensor) -> bool:
-    same_kind = (seen.device, seen.dtype) == (values.device, values.dtype) and not values.is_meta
-    return same_kind and torch.equal(seen, values)
+def have_same_value(seen: torch.Tensor, now: torch.Tensor) -> bool:
+    """Whether two tensors are of one kind and hold the same numbers."""
+    same_kind = seen.device == now.device and seen.dtype == now.dtype and not now.is_meta
+    return same_kind and torch.equal(seen, now)
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """How often a tensor was written to; those made in inference mode do not count, and can be written to there only."""
+    return 0 if tensor.is_inference() else tensor._version

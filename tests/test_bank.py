@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from support import fill_vectors
 
 from peft_tinylora import AdapterBank, AdapterFileError, BasisMismatchError, ConfigError, TinyLoraConfig
+from peft_tinylora.fingerprint import digest_of_tensor
 
 
 TILED = {"r": 2, "u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
@@ -146,7 +147,19 @@ def test_load_folder_takes_all_or_none(tiny_llama, tmp_path, model) -> None:
     assert bank.load_folder(tmp_path) == ["user0", "user1", "user2"] == list(bank)
     saved(tiny_llama, tmp_path / "user2b", 9, base_seed=1)
     other = AdapterBank(get_peft_model(tiny_llama(), TinyLoraConfig(**TILED)))
-    with pytest.raises(BasisMismatchError, match="user2b has another basis than adapter 'default': module 'model"):
+    with pytest.raises(
+        BasisMismatchError,
+        match="user2b was trained with another basis or projection than adapter 'default' has: module 'model",
+    ):
+        other.load_folder(tmp_path)
+    assert len(other) == 0
+    shutil.rmtree(tmp_path / "user2b")
+    broken = saved(tiny_llama, tmp_path / "user3", 9)
+    config, v = json.loads((broken / "adapter_config.json").read_text()), torch.full((7, 1), float("nan"))
+    config["fingerprint"]["v"] = digest_of_tensor(v)
+    (broken / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"base_model.tinylora_v": v}, broken / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"bank\['user3'\]: v holds NaN"):
         other.load_folder(tmp_path)
     assert len(other) == 0
     with pytest.raises(AdapterFileError, match="has no folders with an adapter_config.json"):
@@ -154,12 +167,12 @@ def test_load_folder_takes_all_or_none(tiny_llama, tmp_path, model) -> None:
 
 
 OTHERS = {
-    "another base": (BasisMismatchError, {"base_seed": 1}, "has another basis than adapter 'default': module '.*' differs by"),
-    "another seed": (BasisMismatchError, {"projection_seed": 1}, "has another projection than adapter 'default': module"),
+    "another base": (BasisMismatchError, {"base_seed": 1}, "was trained with another basis or projection than adapter 'default' has: module '.*' differs by"),
+    "another seed": (BasisMismatchError, {"projection_seed": 1}, "was trained with another basis or projection than adapter 'default' has: module"),
     "another tying": (AdapterFileError, {"n_tie": 2}, "do not share numbers as those do"),
     "other modules": (AdapterFileError, {"target_modules": ["q_proj", "up_proj"]}, "its modules are not those of"),
     "another rank": (AdapterFileError, {"r": 3}, "The fingerprint in adapter_config.json has"),
-    "more numbers": (ValueError, {"u": 2}, r"v has shape \(7, 2\), and adapter 'default' has \(7, 1\)|projection"),
+    "more numbers": (ValueError, {"u": 2}, "projection"),
     "portable": (AdapterFileError, {"save_basis": True}, "is not in the compact form, .*`peft-tinylora convert --to compact`"),
     "modules saved whole": (AdapterFileError, {"modules_to_save": ["lm_head"]}, r"has more than v \(.*lm_head"),
 }  # fmt: skip
@@ -218,8 +231,10 @@ def test_a_changed_basis_is_compared_again(tiny_llama, tmp_path, model) -> None:
     folder = saved(tiny_llama, tmp_path / "one", 5)
     bank.load(folder)
     model.base_model.model.model.layers[1].mlp.up_proj.tinylora_B["default"].mul_(1.5)
-    with pytest.raises(BasisMismatchError, match=r"another basis .* module 'model\.layers\.1\.mlp\.up_proj'"):
+    with pytest.raises(BasisMismatchError, match=r"has other factors than .* module 'model\.layers\.1\.mlp\.up_proj'"):
         bank.load(folder, name="two")
+    with pytest.raises(BasisMismatchError, match="has other factors than when the bank was opened"):
+        model(torch.ones(1, 3, dtype=torch.long), adapter_names=["one"])
 
 
 def test_bad_values_are_named(tiny_llama, model) -> None:
@@ -228,9 +243,17 @@ def test_bad_values_are_named(tiny_llama, model) -> None:
     other = AdapterBank(model, "second")
     other["theirs"] = numbers(0)
     for name, v, message in [
-        ("a", torch.zeros(7), r"bank\['a'\]: v has shape \(7,\), and adapter 'default' has \(7, 1\)"),
-        ("a", torch.zeros(6, 1), r"v has shape \(6, 1\)"),
+        (
+            "a",
+            torch.zeros(7),
+            r"bank\['a'\]: v is a tensor of shape \(7, 1\), as adapter 'default' has, and not of shape \(7,\)",
+        ),
+        ("a", torch.zeros(6, 1), r"and not of shape \(6, 1\), torch.float32"),
         ("a", torch.full((7, 1), float("nan")), r"bank\['a'\]: v holds NaN or Inf"),
+        ("a", numbers(0).to(torch.complex64), r"and not of shape \(7, 1\), torch.complex64"),
+        ("a", torch.full((7, 1), 1e300, dtype=torch.float64), "NaN or Inf, or numbers that torch.float32 cannot hold"),
+        ("a", [0.0] * 7, r"and not of type list"),
+        (7, numbers(0), r"bank\[7\]: the name of an adapter is a string"),
         ("__base__", numbers(0), "'__base__' is PEFT's name for no adapter"),
         ("second", numbers(0), "'second' is the name of another adapter of the model"),
         ("theirs", numbers(0), "'theirs' is the name of another adapter of the model"),
@@ -282,6 +305,33 @@ def test_a_bank_goes_with_its_adapter(model, tokens) -> None:
         model(tokens, adapter_names=["a", "default", "default"])
     AdapterBank(model)["a"] = numbers(1)
     model(tokens, adapter_names=["a", "default", "default"])
+
+
+def test_a_bank_that_grew_in_inference_mode_is_written_to_outside(model, tokens) -> None:
+    with torch.inference_mode():
+        bank = AdapterBank(model)
+        bank.update({f"user {i}": numbers(i) for i in range(20)})
+        model(tokens, adapter_names=["user 1", "__base__", "user 2"])
+    bank["more"] = numbers(3)
+    model(tokens, adapter_names=["user 1", "more", "user 2"])
+
+
+def test_a_bank_goes_on_after_its_model_was_moved(model, tokens) -> None:
+    bank = AdapterBank(model)
+    bank["a"] = numbers(1)
+    before = model(tokens, adapter_names=["a"] * 3).logits
+    after = model.double()(tokens, adapter_names=["a"] * 3).logits
+    torch.testing.assert_close(after.float(), before, rtol=1e-3, atol=1e-4)
+
+
+def test_a_bank_is_not_copied_without_its_model_and_not_used_after_it(model) -> None:
+    bank = AdapterBank(model)
+    with pytest.raises(TypeError, match=r"copy the model, or take dict\(bank\)"):
+        copy.copy(bank)
+    model.add_adapter("second", TinyLoraConfig(**TILED))
+    model.delete_adapter("default")
+    with pytest.raises(ValueError, match="adapter 'default', which the bank was over, was deleted"):
+        bank["a"] = numbers(0)
 
 
 def test_unknown_names_say_how_many_are_held(model, tokens) -> None:

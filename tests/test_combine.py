@@ -83,7 +83,8 @@ def test_factors_are_those_of_the_adapters_and_not_of_another_with_their_setting
 MISTAKES = {
     "unknown adapter": ({"adapters": ["a", "x"]}, r"adapters=\['a', 'x'\].* which has 'a', 'b'"),
     "no adapters": ({"adapters": [], "weights": []}, "for each of one or more adapters"),
-    "weights missing": ({"weights": [1.0]}, r"weights=\[1.0\]: a weight is needed for each"),
+    "weights missing": ({"weights": [1.0]}, r"weights=\[1.0\]: a finite weight is needed for each"),
+    "NaN": ({"weights": [1.0, float("nan")]}, "a finite weight is needed for each"),
     "name taken": ({"adapter_name": "b"}, "adapter_name='b': the model has an adapter of that name"),
     "svd": ({"combination_type": "svd"}, "combination_type='svd': allowed are 'linear', .* 'linear' is exact"),
     "no density": (

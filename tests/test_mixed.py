@@ -1,13 +1,14 @@
 """Rows of a batch with adapters of their own, against one batch for each adapter."""
 
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
 from peft import get_peft_model
 from support import fill_vectors
 from torch import nn
-from transformers import BartConfig, BartForConditionalGeneration, MixtralConfig, MixtralForCausalLM
+from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, MixtralConfig, MixtralForCausalLM
 
 from peft_tinylora import TinyLoraConfig
 
@@ -145,19 +146,52 @@ def test_embedding_and_classifier_head() -> None:
         torch.testing.assert_close(mixed[rows], model(ids[rows]), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(4,), (4, 6), (4, 4, 5), (4, 2, 3)])
+def test_embedding_of_ids_of_any_shape(shape: tuple[int, ...]) -> None:
+    config = {"u": 2, "tie": "full", "target_modules": ["0"]}
+    model = get_peft_model(nn.Sequential(nn.Embedding(11, 8)), TinyLoraConfig(**config), adapter_name="a")
+    model.add_adapter("b", TinyLoraConfig(**config))
+    for seed, name in enumerate("ab"):
+        fill_vectors(model, 0.5, seed=seed, adapter_name=name)
+    model.eval()
+    ids = torch.randint(11, shape)
+    mixed = model(ids, adapter_names=["a", "b", "b", "a"])
+    for name, rows in (("a", [0, 3]), ("b", [1, 2])):
+        model.set_adapter(name)
+        torch.testing.assert_close(mixed[rows], model(ids[rows]), rtol=1e-5, atol=1e-6)
+
+
 def test_modules_saved_whole_take_their_rows_too(tiny_llama, tokens) -> None:
+    model = with_saved_head(tiny_llama())
+    expected = one_by_one(model, tokens, ["a", "b", "a"])
+    torch.testing.assert_close(model(tokens, adapter_names=["a", "b", "a"]).logits, expected, rtol=1e-4, atol=1e-5)
+    options = {"max_new_tokens": 3, "num_beams": 2, "eos_token_id": None}
+    mixed = model.generate(input_ids=tokens, adapter_names=["a", "b", "a"], **options)
+    model.set_adapter("b")
+    assert torch.equal(mixed[1], model.generate(input_ids=tokens[1:2], **options)[0])
+
+
+def with_saved_head(model: nn.Module) -> nn.Module:
+    """`model` with adapters that have a head of their own."""
     config = {**TILED, "target_modules": ["q_proj"], "n_tie": 2, "modules_to_save": ["lm_head"]}
-    model = get_peft_model(tiny_llama(), TinyLoraConfig(**config), adapter_name="a")
+    model = get_peft_model(model, TinyLoraConfig(**config), adapter_name="a")
     model.add_adapter("b", TinyLoraConfig(**config))
     with torch.no_grad():
         model.base_model.model.lm_head.modules_to_save["b"].weight.mul_(-1)
-    model.eval()
-    expected = one_by_one(model, tokens, ["a", "b", "a"])
-    torch.testing.assert_close(model(tokens, adapter_names=["a", "b", "a"]).logits, expected, rtol=1e-4, atol=1e-5)
+    return model.eval()
 
 
-def test_threads_have_batches_of_their_own(tiny_llama, tokens) -> None:
-    model = with_adapters(tiny_llama())
+def compiled(model: nn.Module) -> nn.Module:
+    """`model`, its MLPs compiled."""
+    model = with_adapters(model)
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("make", [with_adapters, with_saved_head, compiled])
+def test_threads_have_batches_of_their_own(tiny_llama, tokens, make: Callable[[nn.Module], nn.Module]) -> None:
+    model = make(tiny_llama())
     orders = [NAMES, ["a", "a", "b"], ["__base__", "b", "b"]]
     with torch.no_grad():
         expected = [model(tokens, adapter_names=names).logits for names in orders]
@@ -168,7 +202,14 @@ def test_threads_have_batches_of_their_own(tiny_llama, tokens) -> None:
         start.wait()
         options = {} if names is None else {"adapter_names": names}
         with torch.no_grad():
-            wrong.extend(1 for _ in range(30) if not torch.equal(model(tokens, **options).logits, wanted))
+            for _ in range(25):
+                try:
+                    logits = model(tokens, **options).logits
+                except Exception as error:
+                    wrong.append(error)
+                    raise
+                if not torch.allclose(logits, wanted, rtol=1e-4, atol=1e-5):
+                    wrong.append(names)
 
     jobs = [*zip(orders, expected, strict=True), (None, plain)]
     threads = [threading.Thread(target=serve, args=job) for job in jobs]
@@ -176,7 +217,40 @@ def test_threads_have_batches_of_their_own(tiny_llama, tokens) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    torch._dynamo.reset()
     assert not wrong
+
+
+def test_a_model_that_is_called_while_it_generates(tiny_llama, tokens) -> None:
+    model = with_adapters(tiny_llama())
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    wanted = model.generate(input_ids=tokens, adapter_names=NAMES, **options)
+
+    def processor(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        model(ids, adapter_names=["a", "a", "b"])
+        return scores
+
+    got = model.generate(input_ids=tokens, adapter_names=NAMES, logits_processor=[processor], **options)
+    assert torch.equal(got, wanted)
+
+
+def test_beams_of_the_models_own_settings(tiny_llama, tokens) -> None:
+    model = with_adapters(tiny_llama())
+    model.generation_config.num_beams = 2
+    with pytest.raises(ValueError, match="adapter_names has 3 names, and module '.*' sees 6 rows"):
+        model(tokens.repeat(2, 1), adapter_names=NAMES)
+    for options in ({"max_new_tokens": 4}, {"generation_config": GenerationConfig(max_new_tokens=4)}):
+        mixed = model.generate(input_ids=tokens, adapter_names=NAMES, eos_token_id=None, **options)
+        model.set_adapter("b")
+        assert torch.equal(mixed[0], model.generate(input_ids=tokens[:1], eos_token_id=None, **options)[0])
+
+
+def test_no_row_is_rounded_to_the_dtype_of_anothers_v(tiny_llama, tokens) -> None:
+    model = with_adapters(tiny_llama())
+    for v in model.tinylora_v["a"].values():
+        v.data = v.data.bfloat16()
+    one, other = (model(tokens[:2], adapter_names=names).logits for names in (["a", "b"], ["b", "b"]))
+    torch.testing.assert_close(one[1], other[1], rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_stays_after_an_error(tiny_llama, tokens) -> None:

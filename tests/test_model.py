@@ -270,6 +270,8 @@ def test_names_that_torch_cannot_keep_are_refused(tiny_llama, name: str) -> None
     model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
     with pytest.raises(ConfigError, match=f"adapter_name='{name}': torch cannot keep parameters under the name"):
         model.add_adapter(name, TinyLoraConfig(**TILED))
+    with pytest.raises(ConfigError, match="adapter_name='__base__' is PEFT's name for no adapter"):
+        model.add_adapter("__base__", TinyLoraConfig(**TILED))
     assert list(model.peft_config) == ["default"]
 
 
@@ -286,6 +288,7 @@ def test_generate_follows_the_adapter(tiny_llama, tokens) -> None:
 def test_torch_compile_is_one_graph_while_v_changes(tiny_llama, tokens) -> None:
     from torch._dynamo.testing import CompileCounter
 
+    torch._dynamo.reset()  # what other tests compiled of the same code
     model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
     counter = CompileCounter()
     compiled = torch.compile(model.get_base_model().model, backend=counter, fullgraph=True)

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from support import fill_vectors
 from torch import nn
 
-from peft_tinylora import TinyLoraConfig, delta
+from peft_tinylora import TinyLoraConfig, delta, linear
 from peft_tinylora.product import AddUpdate, Folded
 
 
@@ -19,7 +19,7 @@ TILED = {"r": 2, "u": 2, "tie": "tiled", "n_tie": 4, "target_modules": "all-line
 def folded(dtype: torch.dtype = torch.float32, rows_in: int = 12, rows_out: int = 10) -> tuple[Folded, torch.Tensor]:
     A, B = torch.randn(2, rows_in, dtype=dtype), torch.randn(rows_out, 2, dtype=dtype)
     P, v = torch.randn(3, 2, 2, dtype=dtype), torch.randn(3, dtype=dtype, requires_grad=True)
-    return Folded(v.detach()[None], A, B, P, v), v
+    return Folded(A, B, P, v), v
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -28,7 +28,7 @@ def test_gradients_by_finite_differences(in_place: bool) -> None:
     x, y = torch.randn(4, 3, 12, dtype=torch.float64), torch.randn(4, 3, 10, dtype=torch.float64)
 
     def product(y: torch.Tensor, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        fresh = Folded(v.detach()[None], of.A.M, of.B, of.P, v)
+        fresh = Folded(of.A.M, of.B, of.P, v)
         return AddUpdate.apply(y * 1.0, x, v, fresh, in_place).tanh()
 
     assert torch.autograd.gradcheck(product, (y.requires_grad_(), x.requires_grad_(), v))
@@ -100,6 +100,14 @@ WRITES: dict[str, Callable[[nn.Parameter, torch.Tensor], None]] = {
 }
 
 
+@pytest.fixture(params=["on a CPU", "as on an accelerator"])
+def _device(request, monkeypatch) -> None:
+    """The two ways in which a changed v is found: at each layer, and once in a pass where comparing waits for a device."""
+    if request.param == "as on an accelerator":
+        monkeypatch.setattr(linear, "is_compared_at_once", lambda v: False)
+
+
+@pytest.mark.usefixtures("_device")
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("write", WRITES)
 def test_a_written_v_is_noticed(tiny_llama, tokens, write: str, grad: bool) -> None:
@@ -113,6 +121,68 @@ def test_a_written_v_is_noticed(tiny_llama, tokens, write: str, grad: bool) -> N
         generator = torch.Generator().manual_seed(7)
         for v in model.tinylora_v["default"].values():
             WRITES[write](v, 0.3 * torch.randn(v.shape, generator=generator))
+        assert torch.equal(model(tokens).logits, wanted)
+
+
+class Reversed(nn.Module):
+    """Runs its modules in the reverse of the order in which they were made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body, self.embed = nn.Linear(8, 5), nn.Linear(8, 8), nn.Linear(6, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.embed(x)).tanh())
+
+
+@pytest.mark.usefixtures("_device")
+@pytest.mark.parametrize("fused", [True, False])  # a fused optimizer leaves the version of v as it was
+def test_training_reads_v_as_it_is_whatever_the_order_of_the_modules(fused: bool) -> None:
+    config = TinyLoraConfig(u=2, tie="full", target_modules=["head", "body", "embed"])
+    torch.manual_seed(0)
+    model = get_peft_model(Reversed(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1, fused=fused)
+    x = torch.randn(7, 6)
+    for _ in range(5):
+        for _ in range(2):  # gradient accumulation: the second pass has the first one's v
+            torch.manual_seed(0)
+            fresh = get_peft_model(Reversed(), config)
+            fresh.load_state_dict(model.state_dict())
+            torch.testing.assert_close(model(x), fresh(x), rtol=1e-6, atol=1e-7)
+            model(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert model.tinylora_v["default"]["0"].abs().max() > 0.1
+
+
+@pytest.mark.usefixtures("_device")
+def test_a_second_adapter_with_earlier_modules(tiny_llama, tokens) -> None:
+    def make() -> PeftModel:
+        model = get_peft_model(tiny_llama(), TinyLoraConfig(**{**TILED, "target_modules": ["down_proj"]}))
+        model.add_adapter("b", TinyLoraConfig(**{**TILED, "target_modules": ["q_proj", "down_proj"]}))
+        model.set_adapter("b")
+        return model
+
+    model = make()
+    for seed in range(3):
+        fill_vectors(model, 0.5, seed=seed, adapter_name="b")
+        fresh = make()
+        fill_vectors(fresh, 0.5, seed=seed, adapter_name="b")
+        for _ in range(2):
+            assert torch.equal(model(tokens).logits, fresh(tokens).logits)
+
+
+@pytest.mark.usefixtures("_device")
+def test_what_is_folded_in_the_middle_of_a_pass_is_not_kept_for_another_v(tiny_llama, tokens) -> None:
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**{**TILED, "n_tie": 28})).eval()
+    fill_vectors(model, 0.5, seed=1)
+    wanted = copy.deepcopy(model)(tokens).logits
+    attention, x = model.base_model.model.model.layers[0].self_attn, torch.randn(2, 32)
+    attention.q_proj(x)
+    fill_vectors(model, 0.5, seed=2)
+    attention.k_proj(x)
+    fill_vectors(model, 0.5, seed=1)
+    for _ in range(3):
         assert torch.equal(model(tokens).logits, wanted)
 
 
@@ -190,6 +260,92 @@ def test_base_output_that_its_own_backward_needs_is_left_alone() -> None:
     update = layer.get_delta_weight("default").detach()
     ((expected @ W.T + b).sigmoid() + expected @ update.T).square().sum().backward()
     torch.testing.assert_close(x.grad, expected.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_base_output_that_a_subclass_or_a_global_hook_holds_is_left_alone() -> None:
+    class Keeping(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    for module in (Keeping(8, 6, bias=False), nn.Linear(8, 6, bias=False)):
+        model = get_peft_model(nn.Sequential(module), TinyLoraConfig(u=1, tie="full", target_modules=["0"]))
+        fill_vectors(model)
+        kept = []
+        watching = nn.modules.module.register_module_forward_hook(
+            lambda module, args, output, kept=kept: kept.append(output) if isinstance(module, nn.Linear) else None
+        )
+        try:
+            for grad in (True, False):
+                x = torch.randn(3, 8)
+                with torch.set_grad_enabled(grad):
+                    model(x)
+                assert torch.equal(kept[-1], x @ module.weight.T)
+                assert not isinstance(module, Keeping) or torch.equal(module.kept, x @ module.weight.T)
+        finally:
+            watching.remove()
+
+
+def test_a_patched_forward_that_keeps_its_output_for_backward() -> None:
+    module = nn.Linear(8, 6, bias=False)
+    module.forward = lambda x: nn.functional.linear(x, module.weight).sigmoid()
+    model = get_peft_model(nn.Sequential(module), TinyLoraConfig(u=1, tie="full", target_modules=["0"]))
+    model(torch.randn(3, 8, requires_grad=True)).sum().backward()
+
+
+def test_dropout_that_was_left_on_acts_in_eval_mode() -> None:
+    config = TinyLoraConfig(u=1, tie="full", target_modules=["0"], tinylora_dropout=0.5)
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 6)), config).eval()
+    fill_vectors(model)
+    x = torch.randn(3, 64)
+    assert torch.equal(model(x), model(x))
+    for module in (module for module in model.modules() if isinstance(module, nn.Dropout)):
+        module.train()
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            assert not torch.equal(model(x), model(x))
+
+
+def test_what_else_follows_a_computation() -> None:
+    """Batched gradients, forward mode, fake tensors and tracing, each against what eager mode gives."""
+    from torch._subclasses import FakeTensorMode
+    from torch.autograd import forward_ad
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 5)), TinyLoraConfig(u=3, tie="full", target_modules=["0"]))
+    fill_vectors(model)
+    x, [v] = torch.randn(4, 6), [p for p in model.parameters() if p.requires_grad]
+    out = model(x)
+    directions = torch.randn(7, *out.shape)
+    one_by_one = torch.stack([torch.autograd.grad(out, v, g, retain_graph=True)[0] for g in directions])
+    [batched] = torch.autograd.grad(out, v, directions, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(batched, one_by_one)
+
+    name = next(name for name, p in model.named_parameters() if p is v)
+    tangent = torch.randn(3)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad), forward_ad.dual_level():
+            dual = torch.func.functional_call(model, {name: forward_ad.make_dual(v.detach(), tangent)}, (x,))
+            moved = forward_ad.unpack_dual(dual).tangent
+        jacobian = torch.autograd.functional.jacobian(lambda v: torch.func.functional_call(model, {name: v}, (x,)), v)
+        torch.testing.assert_close(moved, jacobian @ tangent, rtol=1e-4, atol=1e-5)
+
+    for _ in range(2):
+        torch.testing.assert_close(make_fx(model)(x)(x), out)
+    torch.testing.assert_close(torch.jit.trace(model, (x,), check_trace=False)(x), out)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        for _ in range(2):
+            assert model(mode.from_tensor(x)).shape == out.shape
+
+
+def test_moving_a_model_drops_what_was_folded(tiny_llama, tokens) -> None:
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
+    model(tokens)
+    layers = [module for module in model.modules() if isinstance(module, linear.Linear)]
+    assert all(layer._folded for layer in layers)
+    assert not any(layer._folded for layer in copy.deepcopy(model).modules() if isinstance(layer, linear.Linear))
+    model.double()
+    assert not any(layer._folded for layer in layers)
 
 
 def test_sums_of_several_adapters_are_rounded_once() -> None:

@@ -89,7 +89,9 @@ def test_a_collection_is_loaded_by_its_slug(hub, tmp_path) -> None:
 
 def test_a_collection_with_another_base_adds_nothing(hub, tmp_path) -> None:
     error, held = use(hub, "user/mixed-2", tmp_path).splitlines()
-    assert error.startswith("BasisMismatchError user/other has another basis than adapter 'default': module")
+    assert error.startswith(
+        "BasisMismatchError user/other was trained with another basis or projection than adapter 'default' has: module"
+    )
     assert held == "0 []"
 
 
