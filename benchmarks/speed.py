@@ -1,6 +1,6 @@
 """What an adapter costs in time and memory, side by side: the bare model, TinyLoRA, stock PEFT's, LoRA.
 
-    python -m benchmarks.speed --output benchmarks/results/speed_cpu.md     # 15 minutes on two CPU cores
+    python -m benchmarks.speed --output benchmarks/results/speed_cpu.md     # 10 minutes on two CPU cores
     python -m benchmarks.speed --quick                                      # a tiny model: does it run?
 
 Three tables: seconds of a forward pass, a forward and backward pass, and decoding, as ratios to the bare model in the same
@@ -36,7 +36,7 @@ CELLS = {
     "cpu": (
         Cell("small", "float32", batch=4, tokens=256, new_tokens=32, rounds=15, stock=True),
         Cell("small", "bfloat16", batch=4, tokens=256, new_tokens=32, rounds=15, stock=True),
-        Cell("0.5B", "float32", batch=1, tokens=256, new_tokens=16, rounds=7, stock=True),
+        Cell("0.5B", "float32", batch=1, tokens=256, new_tokens=16, rounds=5, stock=True),
     ),
     "gpu": (
         Cell("7B", "bfloat16", batch=4, tokens=512, new_tokens=64, rounds=5, stock=False),

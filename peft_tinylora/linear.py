@@ -9,16 +9,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from torch.autograd import forward_ad
-from torch.nn.modules.module import _global_forward_hooks
+from torch.nn.modules import module
 from transformers.pytorch_utils import Conv1D
 
 from . import delta
 from .layer import TinyLoraLayer
 from .product import AddUpdate, Folded, without_autocast
-from .vector import Vectors, have_same_value
+from .vector import Vectors
 
 
 if TYPE_CHECKING:
@@ -40,15 +41,22 @@ class Linear(TinyLoraLayer, nn.Module):
         base_layer = self._modules["base_layer"]
         if (self._disable_adapters or self.merged_adapters) and self._base_alone():
             return base_layer(x, *args, **kwargs)
-        result = base_layer(x, *args, **kwargs)
+        is_watched = _is_watched(base_layer)
+        if type(base_layer) is nn.Linear and not (is_watched or args or kwargs):
+            result = F.linear(x, base_layer._parameters["weight"], base_layer._parameters["bias"])
+        else:
+            result = base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None and x.requires_grad:
             self._warn_if_gradient_ends(result)
+        # Whether nobody but this layer holds what the base layer returned, so that it may be written to.
+        owned = not is_watched and result.is_contiguous()
+        owned = owned and (type(base_layer) in (nn.Linear, Conv1D) or self.quantization_backend is not None)
         names = self._active_here()
         vectors = self._shared_vectors[0]
         if len(names) != 1 or vectors.mixed_batches or torch.is_autocast_enabled(x.device.type) or _is_taken_apart():
             with without_autocast(x.device.type):
-                return self._add(result, x, names)
-        return self._add_one(result, x, names[0])
+                return self._add(result, x, names, owned)
+        return self._add_one(result, x, names[0], owned)
 
     def _warn_if_gradient_ends(self, result: torch.Tensor) -> None:
         if not result.requires_grad and torch.is_grad_enabled():
@@ -58,21 +66,20 @@ class Linear(TinyLoraLayer, nn.Module):
                 stacklevel=3,
             )
 
-    def _add(self, result: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
+    def _add(self, result: torch.Tensor, x: torch.Tensor, names: list[str], owned: bool) -> torch.Tensor:
         batch = self.mixed_batch()
         if batch is not None:
-            return self._add_rows(result, x, batch)
+            return self._add_rows(result, x, batch, owned)
         if len(names) == 1 and not _is_taken_apart():
-            return self._add_one(result, x, names[0])
+            return self._add_one(result, x, names[0], owned)
         return self._add_all(result, x, names)
 
-    def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str, owned: bool) -> torch.Tensor:
         """Add the update of one adapter by the fused product."""
         folded = self.folded(name)
         dropout = self._modules["tinylora_dropout"]._modules[name]
         if type(dropout) is not nn.Identity:
             x = dropout(x)
-        owned = self._is_owned(result)
         if not torch.is_grad_enabled():
             return folded.add_update(result if owned else _copy(result), x)
         [v] = self.vectors(name)
@@ -90,7 +97,7 @@ class Linear(TinyLoraLayer, nn.Module):
             result = result + delta.multiply(dropped, A, B, self.mixing_matrix(name))
         return result.to(dtype)
 
-    def _add_rows(self, result: torch.Tensor, x: torch.Tensor, batch: "Batch") -> torch.Tensor:
+    def _add_rows(self, result: torch.Tensor, x: torch.Tensor, batch: "Batch", owned: bool) -> torch.Tensor:
         """Add to each row of a mixed batch the update of its own adapter."""
         for rows in batch.rows(self, len(x)):
             R = rows.mixing_matrices(self)
@@ -99,16 +106,9 @@ class Linear(TinyLoraLayer, nn.Module):
                 A, B = self.tinylora_A[rows.adapter_name], self.tinylora_B[rows.adapter_name]
                 result = (result + delta.multiply_rows(x.to(A.dtype), A, B, R)).to(result.dtype)
             else:
-                result = result if self._is_owned(result) else _copy(result)
+                result, owned = result if owned else _copy(result), True
                 self.folded(rows.adapter_name).add_update_of_rows(result, x, R)
         return result
-
-    def _is_owned(self, result: torch.Tensor) -> bool:
-        """Whether nobody but this layer holds what the base layer returned, so that it may be written to."""
-        base_layer = self._modules["base_layer"]
-        makes_its_output = type(base_layer) in (nn.Linear, Conv1D) or self.quantization_backend is not None
-        is_watched = base_layer._forward_hooks or _global_forward_hooks or "forward" in vars(base_layer)
-        return makes_its_output and not is_watched and result.is_contiguous()
 
     def folded(self, adapter_name: str) -> Folded:
         """What this layer multiplies by for an adapter, folded anew if v or a factor has another value."""
@@ -122,7 +122,7 @@ class Linear(TinyLoraLayer, nn.Module):
         if known is not None and not known.has_factors(A, B, P):
             known = None
         if is_compared_at_once(v):
-            if known is not None and have_same_value(known.v, v):
+            if known is not None and known.v.is_cpu and known.v.dtype == v.dtype and torch.equal(known.v, v):
                 return known
         else:
             values = vectors.values_in_this_pass(adapter_name, group, self.position)
@@ -147,13 +147,30 @@ class Linear(TinyLoraLayer, nn.Module):
         super().forget(adapter_name)
 
 
+def _is_watched(layer: nn.Module) -> bool:
+    """Whether calling a layer does or shows to others something beside its class's own `forward`."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or module._global_forward_hooks
+        or module._global_forward_pre_hooks
+        or module._global_backward_hooks
+        or module._global_backward_pre_hooks
+        or "forward" in vars(layer)
+        or "_compiled_call_impl" in vars(layer)
+        or "weight" not in layer._parameters  # of FSDP1 and of parametrizations
+    )
+
+
 def _copy(result: torch.Tensor) -> torch.Tensor:
     return result.clone(memory_format=torch.contiguous_format)
 
 
 def is_compared_at_once(v: torch.Tensor) -> bool:
     """Whether the value of v can be looked at without waiting for a device."""
-    return v.device.type == "cpu"
+    return v.is_cpu
 
 
 def _is_taken_apart() -> bool:

@@ -5,7 +5,7 @@ between them, an r x r matrix for each row. Those over other bases go through th
 the rows that are not theirs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
@@ -57,10 +57,11 @@ class Batch:
 
     def __init__(self, served: Sequence[Rows], size: int, copies: int) -> None:
         self.size = size
-        self._by_size = {
-            size: list(served),
-            size * copies: [Rows(rows.adapter_name, rows.vectors.repeat_interleave(copies, dim=0)) for rows in served],
-        }
+        self._by_size = {size: served}
+        if copies > 1:
+            self._by_size[size * copies] = [
+                Rows(rows.adapter_name, rows.vectors.repeat_interleave(copies, dim=0)) for rows in served
+            ]
 
     def rows(self, layer: TinyLoraLayer, size: int) -> list[Rows]:
         """Those that `layer` has factors for, in a batch of `size` rows; raises `ValueError` if that is another batch."""
@@ -121,23 +122,16 @@ def _make_batch(
     args: Sequence[Any],
     options: Mapping[str, Any],
 ) -> Batch:
-    layers = [module for module in model.modules() if isinstance(module, TinyLoraLayer)]
-    _check(model, layers, vectors, adapter_names)
+    layers = [module for module in model.modules() if isinstance(module, TinyLoraLayer) and module.weight_names]
+    _check(model, layers, adapter_names)
     return Batch(_served(layers, vectors, adapter_names), len(adapter_names), _copies(model, args, options))
 
 
-def _check(model: nn.Module, layers: Sequence[TinyLoraLayer], vectors: Vectors, adapter_names: Sequence[str]) -> None:
+def _check(model: nn.Module, layers: Sequence[TinyLoraLayer], adapter_names: Sequence[str]) -> None:
     if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
         raise TypeError(f"adapter_names={adapter_names!r}: a list of adapter names is needed, one for each row.")
     if model.training:
         raise ValueError("adapter_names is for inference, and the model is in training mode: call model.eval() first.")
-    unknown = sorted(name for name in {*adapter_names} - {BASE, *vectors} if vectors.bank_with(name) is None)
-    if unknown:
-        held = ", ".join(map(repr, [*vectors][:10]))
-        banks = f", and {sum(map(len, vectors.adapter_banks.values()))} in banks" if vectors.adapter_banks else ""
-        raise ValueError(
-            f"adapter_names has unknown adapters: {', '.join(map(repr, unknown[:10]))}. The model has {held}{banks}."
-        )
     for layer in layers:
         name = next(iter(layer.weight_names.values()))
         if layer.merged:
@@ -176,18 +170,35 @@ def _served(layers: Sequence[TinyLoraLayer], vectors: Vectors, adapter_names: Se
         places.setdefault(name, []).append(place)
     places.pop(BASE, None)
     served: dict[str, torch.Tensor] = {}
-    for name, own in places.items():
-        bank = vectors.bank_with(name)
-        holder = name if bank is None else bank.adapter_name
+    for name, (holder, v) in _found(vectors, places).items():
         basis = next((other for other in served if have_same_basis(layers, vectors, holder, other)), holder)
         if basis not in served:
-            table = vectors.vectors_of(basis)
-            dtype = torch.promote_types(table.dtype, torch.float32)
-            served[basis] = table.new_zeros(len(adapter_names), *table.shape, dtype=dtype)
+            dtype = torch.promote_types(v.dtype, torch.float32)
+            served[basis] = v.new_zeros(len(adapter_names), *v.shape, dtype=dtype, device="cpu")
+        served[basis][places[name]] = v.to(served[basis])
+    return [Rows(basis, v) for basis, v in served.items()]
+
+
+def _found(vectors: Vectors, names: Iterable[str]) -> dict[str, tuple[str, torch.Tensor]]:
+    """Name -> the adapter of the model whose factors it has, and its v (groups, u)."""
+    found, unknown = {}, []
+    for name in names:
+        bank = vectors.bank_with(name)
+        try:
+            v = vectors.vectors_of(name) if bank is None else bank[name]
+        except KeyError:
+            unknown.append(name)  # also one that another thread removes just now
+            continue
         if bank is not None:
             bank.check_factors()
-        served[basis][own] = (vectors.vectors_of(name) if bank is None else bank[name]).to(served[basis])
-    return [Rows(basis, v) for basis, v in served.items()]
+        found[name] = (name if bank is None else bank.adapter_name), v
+    if unknown:
+        held = ", ".join(map(repr, [*vectors][:10]))
+        banks = f", and {sum(map(len, vectors.adapter_banks.values()))} in banks" if vectors.adapter_banks else ""
+        raise ValueError(
+            f"adapter_names has unknown adapters: {', '.join(map(repr, sorted(unknown)[:10]))}. The model has {held}{banks}."
+        )
+    return found
 
 
 def have_same_basis(layers: Sequence[TinyLoraLayer], vectors: Vectors, name: str, other: str) -> bool:

@@ -14,7 +14,6 @@ import torch
 
 from . import delta
 from .thin import Thin
-from .vector import version_of
 
 
 class Folded:
@@ -32,12 +31,14 @@ class Folded:
         self, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor, v: torch.Tensor, values: torch.Tensor | None = None
     ) -> None:
         self.A, self.B, self.P, self.v, self.values = Thin(A), B, P, v.detach().clone(), values
-        self._versions = version_of(A), version_of(B), version_of(P)
+        # Tensors made in inference mode count no writes, and cannot be written to outside of it.
+        self._counts_writes = not any(factor.is_inference() for factor in (A, B, P))
+        self._versions = (A._version, B._version, P._version) if self._counts_writes else ()
 
     def has_factors(self, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor) -> bool:
         """Whether these are still the tensors that it was made from, and nobody wrote to them."""
         same = A is self.A.M and B is self.B and P is self.P
-        return same and (version_of(A), version_of(B), version_of(P)) == self._versions
+        return same and (not self._counts_writes or (A._version, B._version, P._version) == self._versions)
 
     @functools.cached_property
     def R(self) -> torch.Tensor:

@@ -1,13 +1,13 @@
-"""A matrix of few rows times activations of any dtype, without rounding the matrix or copying the activations.
+"""A matrix of few rows times activations of any dtype, without rounding the matrix or copying bfloat16 activations.
 
 A and (B R)^T have r rows and thousands of columns, in float32; activations are often bfloat16, and torch multiplies only
 what has one dtype. Converting the activations would read and write them once more than the product does. Instead the
 matrix is written as the sum of two bfloat16 ones, which together hold 16 of float32's 24 bits, and the products are
 summed in float32 by the matrix multiplication itself. Few numbers, as in decoding, are converted: one operation is
-faster there than several.
+faster there than several. So is float16, whose range is too small for the parts.
 
 What is promised: against the same product in float64, `project` and `add_to` err by less than 2^-14 of what is summed
-(float32 activations: 2^-20), and `add_to` and `expand` round their result once, to its dtype.
+(float32 activations: 2^-20, where nobody allows TF32), and `add_to` and `expand` round their result once, to its dtype.
 """
 
 import functools

@@ -59,9 +59,8 @@ class Vectors(nn.ModuleDict):
 
     def vector_of(self, adapter_name: str, group: str) -> torch.Tensor:
         """The v of a group, shape (u,)."""
-        vectors = self._modules[adapter_name]
-        registered = vectors._parameters  # through ParameterDict it takes 20 times as long
-        return registered[group] if group in registered else vectors[group]
+        registered = self._modules[adapter_name]._parameters  # through ParameterDict it takes 20 times as long
+        return registered[group] if group in registered else self[adapter_name][group]
 
     def groups_of(self, adapter_name: str) -> list[str]:
         """The groups of an adapter in the order in which its file has them."""
@@ -96,7 +95,7 @@ class Vectors(nn.ModuleDict):
         values = torch.stack([vector.detach().to(v.device) for vector in vectors.values()])
         if capturing:
             return values  # not kept: the graph computes with what v holds when it is replayed
-        if seen is not None and have_same_value(seen.values, values):
+        if seen is not None and _have_same_value(seen.values, values):
             values = seen.values
         versions = {name: version_of(vector) for name, vector in vectors.items()}
         asked = set() if seen is None or position in seen.asked else seen.asked
@@ -129,7 +128,7 @@ class _Seen:
         return True
 
 
-def have_same_value(seen: torch.Tensor, now: torch.Tensor) -> bool:
+def _have_same_value(seen: torch.Tensor, now: torch.Tensor) -> bool:
     """Whether two tensors are of one kind and hold the same numbers."""
     same_kind = seen.device == now.device and seen.dtype == now.dtype and not now.is_meta
     return same_kind and torch.equal(seen, now)

@@ -303,6 +303,14 @@ def test_what_cannot_be_mixed_is_refused(tiny_llama, tokens) -> None:
     model(tokens, adapter_names=NAMES)
 
 
+def test_layers_that_no_adapter_has_any_more_do_not_matter(tiny_llama, tokens) -> None:
+    model = with_adapters(tiny_llama(), target_modules=["lm_head"], n_tie=1)
+    model.delete_adapter("b")
+    expected = one_by_one(model, tokens, ["a", "__base__", "a"])
+    mixed = model(tokens, adapter_names=["a", "__base__", "a"]).logits
+    torch.testing.assert_close(mixed, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_experts_are_refused(tokens) -> None:
     sizes = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
