@@ -181,7 +181,7 @@ def _served(layers: Sequence[TinyLoraLayer], vectors: Vectors, adapter_names: Se
 
 def _found(vectors: Vectors, names: Iterable[str]) -> dict[str, tuple[str, torch.Tensor]]:
     """Name -> the adapter of the model whose factors it has, and its v (groups, u)."""
-    found, unknown = {}, []
+    found, banks, unknown = {}, {}, []
     for name in names:
         bank = vectors.bank_with(name)
         try:
@@ -190,14 +190,16 @@ def _found(vectors: Vectors, names: Iterable[str]) -> dict[str, tuple[str, torch
             unknown.append(name)  # also one that another thread removes just now
             continue
         if bank is not None:
-            bank.check_factors()
+            banks[bank.adapter_name] = bank
         found[name] = (name if bank is None else bank.adapter_name), v
     if unknown:
         held = ", ".join(map(repr, [*vectors][:10]))
-        banks = f", and {sum(map(len, vectors.adapter_banks.values()))} in banks" if vectors.adapter_banks else ""
+        others = f", and {sum(map(len, vectors.adapter_banks.values()))} in banks" if vectors.adapter_banks else ""
         raise ValueError(
-            f"adapter_names has unknown adapters: {', '.join(map(repr, sorted(unknown)[:10]))}. The model has {held}{banks}."
+            f"adapter_names has unknown adapters: {', '.join(map(repr, sorted(unknown)[:10]))}. The model has {held}{others}."
         )
+    for bank in banks.values():
+        bank.check_factors()
     return found
 
 
