@@ -228,11 +228,13 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
         if all(map(is_same_state, self._state, state)):
             return
         for (name, layer), sketch in zip(self._layers.items(), self._sketches, strict=True):
-            distance = compact.distance_from(layer, self.adapter_name, sketch)
-            if not distance <= compact.SKETCH_TOLERANCE:
+            P = layer.tinylora_P[self.adapter_name]
+            distances = compact.distances(layer.basis(self.adapter_name), P, sketch)
+            if not compact.are_within_tolerance(distances):
                 raise BasisMismatchError(
-                    f"Adapter {self.adapter_name!r} has other factors than when the bank was opened over it: module "
-                    f"{name!r} differs by {distance:.2g}. Open a bank over it anew, and add its adapters again."
+                    f"Adapter {self.adapter_name!r} has other factors or another projection than when the bank was opened "
+                    f"over it: module {name!r} differs by {distances[0]:.2g} and {distances[1]:.2g}. Load it again as it "
+                    "was."
                 )
         self._state = state  # they were moved to another device, say
 

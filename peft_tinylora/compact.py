@@ -204,11 +204,11 @@ def check_same_basis(
         )
     sketches = fingerprint.decode(saved["modules"], (layer.r[adapter_name] for layer in layers.values()))
     for (name, layer), sketch in zip(layers.items(), sketches, strict=True):
-        distance = distance_from(layer, adapter_name, sketch)
-        if not distance <= SKETCH_TOLERANCE:
+        found = distances(layer.basis(adapter_name), layer.tinylora_P[adapter_name], sketch)
+        if not are_within_tolerance(found):
             raise BasisMismatchError(
                 f"{source} was trained with another basis or projection than adapter {adapter_name!r} has: module {name!r} "
-                f"differs by {distance:.2g}, allowed is {SKETCH_TOLERANCE:g}. {LOAD_APART}"
+                f"differs by {found[0]:.2g} and {found[1]:.2g}, allowed is {SKETCH_TOLERANCE:g}. {LOAD_APART}"
             )
 
 
@@ -217,10 +217,14 @@ def sketches_of(layers: Mapping[str, TinyLoraLayer], adapter_name: str) -> list[
     return [fingerprint.sketch(layer.basis(adapter_name), layer.tinylora_P[adapter_name]) for layer in layers.values()]
 
 
-def distance_from(layer: TinyLoraLayer, adapter_name: str, sketch: torch.Tensor) -> float:
-    """Estimate of the relative distance of a module's factors, or of its projection, from those in `sketch`."""
-    basis, P = layer.basis(adapter_name), layer.tinylora_P[adapter_name]
-    return max(fingerprint.factor_distance(basis, sketch), fingerprint.projection_distance(P, sketch))
+def distances(basis: Basis, P: torch.Tensor, saved: torch.Tensor) -> tuple[float, float]:
+    """Estimates of the relative distances of factors, and of a projection, from those that `saved` is a sketch of."""
+    return fingerprint.factor_distance(basis, saved), fingerprint.projection_distance(P, saved)
+
+
+def are_within_tolerance(distances: tuple[float, float]) -> bool:
+    """Whether both are small enough to be rounding; NaN is not."""
+    return all(distance <= SKETCH_TOLERANCE for distance in distances)
 
 
 def _checked(
@@ -258,8 +262,7 @@ def _warn_of_another(distances: Mapping[str, float]) -> None:
 
 def _fits(basis: Basis, P: torch.Tensor, saved: torch.Tensor) -> bool:
     """Whether these are the factors, signs included, and the projection that `saved` is a sketch of."""
-    distances = fingerprint.factor_distance(basis, saved), fingerprint.projection_distance(P, saved)
-    return all(distance <= SKETCH_TOLERANCE for distance in distances)
+    return are_within_tolerance(distances(basis, P, saved))
 
 
 def _other_form(trained: str, weights: str) -> str:

@@ -29,10 +29,10 @@ class Embedding(TinyLoraLayer, nn.Module):
             return result
         dtype = result.dtype
         scale = self._get_embed_scale()  # Gemma's embeddings multiply their rows by a constant
-        for name, R in self._mixing_matrices(len(x)):
-            self.ensure_basis(name)
-            A, B = self.tinylora_A[name], self.tinylora_B[name]
-            with without_autocast(x.device.type):
+        with without_autocast(x.device.type):
+            for name, R in self._mixing_matrices(len(x)):
+                self.ensure_basis(name)
+                A, B = self.tinylora_A[name], self.tinylora_B[name]
                 rows = self.tinylora_dropout[name](F.embedding(x, B))
                 update = delta.look_up(rows, A, R) if R.ndim == 2 else delta.look_up_rows(rows, A, R)
                 result = result + (update if scale is None else update * scale.to(update))

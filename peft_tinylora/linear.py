@@ -36,8 +36,8 @@ class Linear(TinyLoraLayer, nn.Module):
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., in) -> (..., out), in the dtype that the base layer returns."""
-        # Decoding comes here for each layer and token. What it does not need is tested for as cheaply as can be: a call
-        # or an attribute of nn.Module takes as long as half a product.
+        # Decoding comes here for each layer and token. What it does not need is tested for as cheaply as can be, past
+        # calls and attributes of nn.Module.
         base_layer = self._modules["base_layer"]
         if (self._disable_adapters or self.merged_adapters) and self._base_alone():
             return base_layer(x, *args, **kwargs)
@@ -101,7 +101,7 @@ class Linear(TinyLoraLayer, nn.Module):
         """Add to each row of a mixed batch the update of its own adapter."""
         for rows in batch.rows(self, len(x)):
             R = rows.mixing_matrices(self)
-            if torch.is_grad_enabled() or _is_taken_apart():
+            if x.requires_grad or result.requires_grad or _is_taken_apart():
                 self.ensure_basis(rows.adapter_name)
                 A, B = self.tinylora_A[rows.adapter_name], self.tinylora_B[rows.adapter_name]
                 result = (result + delta.multiply_rows(x.to(A.dtype), A, B, R)).to(result.dtype)

@@ -176,7 +176,7 @@ def _served(layers: Sequence[TinyLoraLayer], vectors: Vectors, adapter_names: Se
             dtype = torch.promote_types(v.dtype, torch.float32)
             served[basis] = v.new_zeros(len(adapter_names), *v.shape, dtype=dtype, device="cpu")
         served[basis][places[name]] = v.to(served[basis])
-    return [Rows(basis, v) for basis, v in served.items()]
+    return [Rows(basis, v.to(vectors.vectors_of(basis).device)) for basis, v in served.items()]
 
 
 def _found(vectors: Vectors, names: Iterable[str]) -> dict[str, tuple[str, torch.Tensor]]:

@@ -29,10 +29,8 @@ class Thin:
     """
 
     def __init__(self, M: torch.Tensor) -> None:
-        self.M, self.MT = (
-            M,
-            M.T,
-        )  # a view costs half a microsecond, which decoding would spend for each layer and token
+        # The view is made once, and not for each layer and token of decoding.
+        self.M, self.MT = M, M.T
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """x M^T.
@@ -53,9 +51,8 @@ class Thin:
             products = torch.mm(x, parts, out_dtype=torch.float32)
         else:
             rounded = x @ parts
-            rest = torch.addmm(
-                rounded, x, parts, beta=-1
-            )  # what rounding took, summed in float32 before it is rounded
+            # What rounding took, summed in float32 before it is rounded itself.
+            rest = torch.addmm(rounded, x, parts, beta=-1)
             products = rounded.float() + rest
         return products[:, :r] + products[:, r:]
 

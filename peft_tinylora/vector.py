@@ -59,7 +59,9 @@ class Vectors(nn.ModuleDict):
 
     def vector_of(self, adapter_name: str, group: str) -> torch.Tensor:
         """The v of a group, shape (u,)."""
-        registered = self._modules[adapter_name]._parameters  # through ParameterDict it takes 20 times as long
+        registered = self._modules[
+            adapter_name
+        ]._parameters  # for decoding: through ParameterDict it takes several calls
         return registered[group] if group in registered else self[adapter_name][group]
 
     def groups_of(self, adapter_name: str) -> list[str]:
@@ -67,8 +69,9 @@ class Vectors(nn.ModuleDict):
         return sorted(self[adapter_name], key=int)
 
     def vectors_of(self, adapter_name: str) -> torch.Tensor:
-        """All v of an adapter as its file has them, shape (groups, u), a copy."""
-        return torch.stack([self[adapter_name][group].detach().clone() for group in self.groups_of(adapter_name)])
+        """All v of an adapter as its file has them, shape (groups, u), a copy on the device of the first."""
+        vectors = [self[adapter_name][group].detach() for group in self.groups_of(adapter_name)]
+        return torch.stack([v.to(vectors[0].device) for v in vectors])
 
     def values_in_this_pass(self, adapter_name: str, group: str, position: int) -> torch.Tensor:
         """All v of an adapter, and the same tensor object as long as they have these values; for v on an accelerator.

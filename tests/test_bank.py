@@ -1,6 +1,8 @@
 """Many adapters over one basis: as a dictionary, from files, and in mixed batches."""
 
 import copy
+import doctest
+import importlib
 import json
 import shutil
 import threading
@@ -58,6 +60,11 @@ def test_every_row_of_a_batch_has_an_adapter_of_the_bank(tiny_llama, config: dic
     for row in (0, 1, 2, 3, 4, 7):
         expected = logits_with(model, tokens[row : row + 1], bank[names[row]])
         torch.testing.assert_close(mixed[row : row + 1], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_example_of_its_docstring() -> None:
+    done = doctest.testmod(importlib.import_module("peft_tinylora.bank"))
+    assert done.attempted > 10 and not done.failed
 
 
 def test_it_is_a_dictionary_of_copies(model) -> None:
@@ -231,10 +238,23 @@ def test_a_changed_basis_is_compared_again(tiny_llama, tmp_path, model) -> None:
     folder = saved(tiny_llama, tmp_path / "one", 5)
     bank.load(folder)
     model.base_model.model.model.layers[1].mlp.up_proj.tinylora_B["default"].mul_(1.5)
-    with pytest.raises(BasisMismatchError, match=r"has other factors than .* module 'model\.layers\.1\.mlp\.up_proj'"):
+    with pytest.raises(
+        BasisMismatchError,
+        match=r"has other factors or another projection than .* module 'model\.layers\.1\.mlp\.up_proj'",
+    ):
         bank.load(folder, name="two")
-    with pytest.raises(BasisMismatchError, match="has other factors than when the bank was opened"):
+    with pytest.raises(
+        BasisMismatchError, match="has other factors or another projection than when the bank was opened"
+    ):
         model(torch.ones(1, 3, dtype=torch.long), adapter_names=["one"])
+
+
+def test_a_projection_of_nan_is_refused(model, tokens) -> None:
+    bank = AdapterBank(model)
+    bank["a"] = numbers(1)
+    model.base_model.model.model.layers[1].mlp.up_proj.tinylora_P["default"].fill_(float("nan"))
+    with pytest.raises(BasisMismatchError, match="differs by .* and nan"):
+        model(tokens, adapter_names=["a"] * 3)
 
 
 def test_bad_values_are_named(tiny_llama, model) -> None:

@@ -102,20 +102,28 @@ def test_v_and_factors_stay_fp32_on_a_low_precision_base(dtype: torch.dtype) -> 
     torch.testing.assert_close(output.double(), reference(model, "left"), rtol=8 * resolution, atol=8 * resolution)
 
 
-def test_autocast_does_not_round_the_update() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_does_not_round_the_update(dtype: torch.dtype) -> None:
     model = adapted()
     layer = model.base_model.model.linear
     x = torch.randn(64, 10)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(x).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=dtype):
+        assert layer(x).dtype == dtype
     # the update alone: a base of zeros leaves nothing else
     layer.base_layer.weight.data.zero_()
     layer.base_layer.bias.data.zero_()
     expected = x.double() @ layer.get_delta_weight("default").detach().double().T
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         got = layer(x).double()
-    # one rounding to bf16 at the very end
-    torch.testing.assert_close(got, expected, rtol=2**-8, atol=1e-6)
+    # one rounding at the very end
+    torch.testing.assert_close(got, expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_autocast_does_not_round_the_update_of_an_embedding() -> None:
+    model = adapted()
+    wanted = model.base_model.model.embed(IDS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(model.base_model.model.embed(IDS), wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_new_adapter_changes_nothing_to_the_bit() -> None:

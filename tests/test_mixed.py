@@ -59,6 +59,17 @@ def test_every_row_has_its_own_adapter(tiny_llama, tokens, other: str, grad: boo
         assert not torch.allclose(expected, one_by_one(model, tokens, ["a", "__base__", "b"]), atol=1e-2)
 
 
+def test_gradients_reach_the_inputs_of_a_mixed_batch(tiny_llama, tokens) -> None:
+    model = with_adapters(tiny_llama())
+    embedded = model.get_input_embeddings()(tokens).detach()
+    mixed, rows = embedded.clone().requires_grad_(), embedded.clone().requires_grad_()
+    model(inputs_embeds=mixed, adapter_names=["b", "a", "a"]).logits.square().sum().backward()
+    for row, name in enumerate("baa"):
+        model.set_adapter(name)
+        model(inputs_embeds=rows[row : row + 1]).logits.square().sum().backward()
+    torch.testing.assert_close(mixed.grad, rows.grad, rtol=1e-3, atol=1e-4)
+
+
 def test_rows_without_an_adapter_are_those_of_the_base_to_the_bit(tiny_llama, tokens) -> None:
     model = with_adapters(tiny_llama())
     mixed = model(tokens, adapter_names=NAMES).logits

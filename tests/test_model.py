@@ -301,6 +301,14 @@ def test_torch_compile_is_one_graph_while_v_changes(tiny_llama, tokens) -> None:
     assert counter.frame_count == 1
 
 
+def test_torch_export_takes_v_along(tiny_llama, tokens) -> None:
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED)).eval()
+    fill_vectors(model, 0.3)
+    exported = torch.export.export(model.get_base_model().model, (tokens,), {"use_cache": False}).module()
+    expected = model.get_base_model().model(tokens, use_cache=False).last_hidden_state
+    torch.testing.assert_close(exported(tokens, use_cache=False).last_hidden_state, expected)
+
+
 def test_second_adapter_of_the_same_config_has_the_first_ones_factors(tiny_llama, tokens, tmp_path) -> None:
     # TRL makes its reference policy this way and copies the parameters that have ".default." in their name.
     model = get_peft_model(tiny_llama(), TinyLoraConfig(u=2, weight_tying=0.5, target_modules=r".*(q_proj|up_proj)"))
