@@ -11,6 +11,8 @@ algorithms.py       ways to a weight's leading singular triplets, side by side: 
 speed.py            the command that measures time, memory and operators beside the bare model, LoRA and stock PEFT
 speed_cell.py       one model of its tables, in a process of its own
 mixed.py            the command that measures batches of many adapters, and thousands in memory, beside LoRA
+thin.py             converting bfloat16 activations against products in parts, by their number
+report.py           what every benchmark says of the run that its tables come from
 merging.py          what is left of an adapter once it is merged
 results/            tables that were measured, each with its command, machine, versions and date
 """

@@ -10,16 +10,11 @@ peft_tinylora. Let nothing else run: with a second process on the same cores LAP
 """
 
 import argparse
-import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +22,8 @@ import torch
 
 from benchmarks.basis_cell import RANK, STD, Cell, run_cell, save_base, seconds_of_others, trained_like
 from benchmarks.peak import PeakMemory
-from benchmarks.training import median_and_range, processor_name
+from benchmarks.report import run_lines
+from benchmarks.training import median_and_range
 from peft_tinylora.basis import Basis, compute_basis
 
 
@@ -227,17 +223,11 @@ def memory_table(results: dict[Row, list[dict]], compacted: dict[Row, dict], lar
 
 def describe(argv: Sequence[str], quick: bool, others_seconds: float, largest_bytes: int) -> str:
     """What was measured, where, when and how, as Markdown."""
-    seconds = time.perf_counter() - STARTED
-    others = others_seconds / (seconds * (os.cpu_count() or 1))
     return "\n".join(
         [
             "# Frozen factors side by side with stock PEFT" + ", too small and too short to mean anything" * quick,
             "",
-            f"- command: `{shlex.join(['python', '-m', 'benchmarks.basis', *argv])}`, {seconds:.0f} s",
-            f"- machine: {processor_name()}, {torch.get_num_threads()} thread(s), of which other programs took "
-            f"{others:.0%} meanwhile; Python {platform.python_version()}",
-            f"- versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}",
-            f"- date: {datetime.now(UTC):%Y-%m-%d}",
+            *run_lines("benchmarks.basis", argv, STARTED, others_seconds, PACKAGES),
             "- a figure: median (smallest to largest), where there was more than one; ratio: stock / ours, repeat by "
             "repeat",
             f"- basis: r={RANK}, fp32; stock is `torch.linalg.svd(W.float(), full_matrices=False)`, in turns with "

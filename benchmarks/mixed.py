@@ -10,17 +10,12 @@ take turns. Let nothing else run meanwhile.
 
 import argparse
 import gc
-import os
-import platform
 import random
-import shlex
 import statistics
 import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,8 +25,9 @@ from torch import nn
 from benchmarks.basis import markdown
 from benchmarks.basis_cell import seconds_of_others
 from benchmarks.peak import bytes_alive
+from benchmarks.report import run_lines
 from benchmarks.speed_cell import MODELS, Cell, base_model, lora, shared_copy
-from benchmarks.training import median_and_range, processor_name
+from benchmarks.training import median_and_range
 from benchmarks.training_cell import tinylora
 from peft_tinylora import AdapterBank, TinyLoraConfig
 
@@ -172,17 +168,11 @@ def memory_table(cell: Cell) -> str:
 
 def describe(argv: Sequence[str], cell: Cell, rounds: int, others_seconds: float) -> str:
     """What was measured, where, when and how, as Markdown."""
-    seconds = time.perf_counter() - STARTED
-    others = others_seconds / (seconds * (os.cpu_count() or 1))
     return "\n".join(
         [
             "# Many adapters at once, side by side with LoRA",
             "",
-            f"- command: `{shlex.join(['python', '-m', 'benchmarks.mixed', *argv])}`, {seconds:.0f} s",
-            f"- machine: {processor_name()}, {torch.get_num_threads()} thread(s), of which other programs took "
-            f"{others:.0%} meanwhile; Python {platform.python_version()}",
-            f"- versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}",
-            f"- date: {datetime.now(UTC):%Y-%m-%d}",
+            *run_lines("benchmarks.mixed", argv, STARTED, others_seconds, PACKAGES),
             f"- model: {cell.model} (see speed.py), {cell.dtype}, random; adapters as there; no_grad, eager mode",
             f"- a batch: {ROWS} rows; forward: of {cell.tokens} tokens each; decoding: {cell.new_tokens} tokens each, greedy",
             f"- time: {rounds} rounds, each in another order, after one to warm up; ratios round by round: median (smallest "

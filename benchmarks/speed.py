@@ -12,24 +12,21 @@ one), small models on a CPU. Let nothing else run meanwhile.
 import argparse
 import json
 import os
-import platform
-import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from benchmarks.basis import markdown
 from benchmarks.basis_cell import seconds_of_others
+from benchmarks.report import run_lines
 from benchmarks.speed_cell import BARE, OURS, Cell
-from benchmarks.training import median_and_range, processor_name
+from benchmarks.training import median_and_range
 
 
 CELLS = {
@@ -134,18 +131,11 @@ def operators_table(results: dict[Cell, dict]) -> str:
 
 def describe(argv: Sequence[str], others_seconds: float) -> str:
     """What was measured, where, when and how, as Markdown."""
-    seconds = time.perf_counter() - STARTED
-    others = others_seconds / (seconds * (os.cpu_count() or 1))
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor_name()
     return "\n".join(
         [
             "# Time and memory side by side with the bare model, LoRA and stock PEFT",
             "",
-            f"- command: `{shlex.join(['python', '-m', 'benchmarks.speed', *argv])}`, {seconds:.0f} s",
-            f"- machine: {device}, {torch.get_num_threads()} thread(s), of which other programs took {others:.0%} "
-            f"meanwhile; Python {platform.python_version()}",
-            f"- versions: {', '.join(f'{package} {version(package)}' for package in PACKAGES)}",
-            f"- date: {datetime.now(UTC):%Y-%m-%d}",
+            *run_lines("benchmarks.speed", argv, STARTED, others_seconds, PACKAGES),
             "- models: random, Qwen2-shaped; small: hidden 512, 8 layers; 0.5B and 7B: Qwen2.5's; eager mode",
             "- adapters: all linear layers of the blocks; TinyLoRA of 13 numbers (small: 12; r=2, u=1, tiled); all with "
             "values that are not zero",

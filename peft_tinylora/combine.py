@@ -5,6 +5,7 @@ methods that prune or vote before they add (TIES, https://huggingface.co/papers/
 https://huggingface.co/papers/2311.03099) are PEFT's own, with v as the task vector.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 
@@ -22,7 +23,51 @@ VOTING = {"ties": ties, "dare_ties": dare_ties}
 COMBINATION_TYPES = ("linear", *PRUNING, *VOTING)
 
 
-def check_combination(combination_type: str, density: float | None, majority_sign_method: str) -> None:
+class Combining:
+    """The part of the tuner that makes one adapter of several."""
+
+    @torch.inference_mode(False)  # a server may be in it, and what is made in it could not be trained
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Add an adapter that is a combination of others over the same basis; frozen, as with LoRA.
+
+        Args:
+            adapters (`list[str]`): names of the adapters.
+            weights (`list[float]`): one for each; negative ones subtract.
+            adapter_name (`str`): name of the new adapter.
+            combination_type, density, majority_sign_method: as in [`combine`].
+
+        Raises:
+            ValueError: if an argument cannot be meant, or the adapters differ in more than v; nothing is added.
+        """
+        _check_combination(combination_type, density, majority_sign_method)
+        layers = [module for module in self.model.modules() if isinstance(module, TinyLoraLayer)]
+        _check_adapters(self.peft_config, self.tinylora_v, layers, adapters, weights, adapter_name)
+        tables = [self.tinylora_v.vectors_of(name) for name in adapters]
+        combined = combine(tables, weights, combination_type, density, majority_sign_method)
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        self._awaiting_file.discard(adapter_name)
+        for layer in (layer for layer in layers if adapter_name in layer.tinylora_A):
+            basis, layer.tinylora_P[adapter_name] = layer.copy_of_factors(adapters[0])  # maybe those of a file
+            layer.set_basis(adapter_name, basis)
+        for group, v in zip(self.tinylora_v.groups_of(adapter_name), combined, strict=True):
+            self.tinylora_v[adapter_name][group].copy_(v).requires_grad_(False)
+
+
+def _check_combination(combination_type: str, density: float | None, majority_sign_method: str) -> None:
     """Raise `ValueError` for what [`combine`] cannot do: names the argument, its value and what is allowed."""
     if combination_type not in COMBINATION_TYPES:
         allowed = ", ".join(map(repr, COMBINATION_TYPES))
@@ -37,7 +82,7 @@ def check_combination(combination_type: str, density: float | None, majority_sig
         raise ValueError(f"majority_sign_method={majority_sign_method!r}: allowed are 'total' and 'frequency'.")
 
 
-def check_adapters(
+def _check_adapters(
     configs: Mapping[str, PeftConfig],
     vectors: Vectors,
     layers: Sequence[TinyLoraLayer],

@@ -5,7 +5,6 @@ adapter straight into its model (`model.add_adapter(config)`), the tuner is thro
 registered on that model instead.
 """
 
-import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from torch import nn
 
 from . import checkpoint
 from .assignment import Assignment, assign, read_from_file
-from .combine import check_adapters, check_combination, combine
+from .combine import Combining
 from .config import check_peft_fields, conventions_of
 from .embedding import Embedding
 from .errors import AdapterFileError, ConfigError
@@ -40,7 +39,7 @@ from .weight import (
 )
 
 
-class TinyLoraModel(BaseTuner):
+class TinyLoraModel(Combining, BaseTuner):
     """A model with TinyLoRA adapters, made by `get_peft_model` and `PeftModel.from_pretrained`.
 
     Args:
@@ -297,46 +296,6 @@ class TinyLoraModel(BaseTuner):
         if not self._warned_of_loss and not report.total.relative_error <= TOLERATED_LOSS:
             self._warned_of_loss = True
             warn_of_loss(report.total, quantized=any(layer.quantization_backend for layer in layers.values()))
-
-    @torch.inference_mode(False)  # a server may be in it, and what is made in it could not be trained
-    @torch.no_grad()
-    def add_weighted_adapter(
-        self,
-        adapters: list[str],
-        weights: list[float],
-        adapter_name: str,
-        combination_type: str = "linear",
-        density: float | None = None,
-        majority_sign_method: str = "total",
-    ) -> None:
-        """Add an adapter that is a combination of others over the same basis; frozen, as with LoRA.
-
-        Args:
-            adapters (`list[str]`): names of the adapters.
-            weights (`list[float]`): one for each; negative ones subtract.
-            adapter_name (`str`): name of the new adapter.
-            combination_type, density, majority_sign_method: as in [`combine`].
-
-        Raises:
-            ValueError: if an argument cannot be meant, or the adapters differ in more than v; nothing is added.
-        """
-        check_combination(combination_type, density, majority_sign_method)
-        layers = [module for module in self.model.modules() if isinstance(module, TinyLoraLayer)]
-        check_adapters(self.peft_config, self.tinylora_v, layers, adapters, weights, adapter_name)
-        tables = [self.tinylora_v.vectors_of(name) for name in adapters]
-        combined = combine(tables, weights, combination_type, density, majority_sign_method)
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapters[0]])
-        try:
-            self.inject_adapter(self.model, adapter_name)
-        except Exception:
-            del self.peft_config[adapter_name]
-            raise
-        self._awaiting_file.discard(adapter_name)
-        for layer in (layer for layer in layers if adapter_name in layer.tinylora_A):
-            basis, layer.tinylora_P[adapter_name] = layer.copy_of_factors(adapters[0])  # maybe those of a file
-            layer.set_basis(adapter_name, basis)
-        for group, v in zip(self.tinylora_v.groups_of(adapter_name), combined, strict=True):
-            self.tinylora_v[adapter_name][group].copy_(v).requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its vectors; see `BaseTuner.delete_adapter`."""

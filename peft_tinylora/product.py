@@ -31,7 +31,7 @@ class Folded:
         self, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor, v: torch.Tensor, values: torch.Tensor | None = None
     ) -> None:
         self.A, self.B, self.P, self.v, self.values = Thin(A), B, P, v.detach().clone(), values
-        # Tensors made in inference mode count no writes, and cannot be written to outside of it.
+        # As `version_of`, without calling it three times for each layer and token of decoding.
         self._counts_writes = not any(factor.is_inference() for factor in (A, B, P))
         self._versions = (A._version, B._version, P._version) if self._counts_writes else ()
 
