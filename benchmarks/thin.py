@@ -3,7 +3,7 @@
     python -m benchmarks.thin --output benchmarks/results/thin_cpu.md     # half a minute on two CPU cores
 
 Converting the activations to float32 against products with the matrix in bfloat16 parts (peft_tinylora/thin.py), in turns:
-why `CONVERTED_UP_TO` is what it is. Let nothing else run meanwhile.
+why its limits are what they are. Let nothing else run meanwhile.
 """
 
 import argparse
@@ -21,8 +21,19 @@ from benchmarks.report import run_lines
 from peft_tinylora import thin
 
 
-WIDTH, RANK, ROUNDS = 512, 2, 200
-ROWS = (1, 16, 32, 64, 128, 256, 1024, 4096)
+RANK, ROUNDS = 2, 200
+SHAPES = (
+    (1, 512),
+    (16, 512),
+    (64, 512),
+    (128, 512),
+    (256, 512),
+    (1024, 512),
+    (1024, 1408),
+    (1024, 4864),
+    (4096, 512),
+    (4096, 3584),
+)
 
 
 def microseconds(run: Callable[[], object]) -> float:
@@ -41,11 +52,18 @@ def ratios(rows: int, width: int) -> dict[str, list[float]]:
     for name, run in runs.items():
         for round_ in range(-5, ROUNDS):  # the first are to warm up
             seconds = []
-            for thin.CONVERTED_UP_TO in (x.numel(), 0):  # converted, in parts
+            for limit in (x.numel(), 0):  # converted, in parts
+                thin.PROJECT_CONVERTED = thin.ADD_CONVERTED = limit
                 seconds.append(microseconds(run))
             if round_ >= 0:
                 found[name].append(seconds[0] / seconds[1])
     return found
+
+
+def median_and_quartiles(values: Sequence[float]) -> str:
+    """Such as "1.20 (1.10 to 1.30)"."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return f"{median:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,19 +72,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.thin", description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     options = parser.parse_args(argv)
-    others_before, limit = seconds_of_others(), thin.CONVERTED_UP_TO
-    lines = [["rows", "numbers", "project, converted to parts", "add_to, converted to parts"]]
-    for rows in ROWS:
-        cells = [f"{statistics.median(values):.2f}" for values in ratios(rows, WIDTH).values()]
-        lines.append([str(rows), f"{rows * WIDTH:,}", *cells])
-    thin.CONVERTED_UP_TO = limit
+    others_before, limits = seconds_of_others(), (thin.PROJECT_CONVERTED, thin.ADD_CONVERTED)
+    lines = [["activations", "numbers", "project, converted to parts", "add_to, converted to parts"]]
+    for rows, width in SHAPES:
+        cells = [median_and_quartiles(values) for values in ratios(rows, width).values()]
+        lines.append([f"{rows} x {width}", f"{rows * width:,}", *cells])
+    thin.PROJECT_CONVERTED, thin.ADD_CONVERTED = limits
     text = "\n".join(
         [
             "# Activations of bfloat16: converted, or multiplied in parts",
             "",
             *run_lines("benchmarks.thin", argv, STARTED, seconds_of_others() - others_before, ("torch",)),
-            f"- width {WIDTH}, r={RANK}; median ratio of seconds over {ROUNDS} rounds in turns; above 1, parts are faster",
-            f"- thin.py converts up to {limit:,} numbers",
+            f"- r={RANK}; ratio of seconds over {ROUNDS} rounds in turns, median (quartiles); above 1, parts are faster",
+            f"- thin.py converts up to {limits[0]:,} numbers to project and {limits[1]:,} to add",
             "",
             markdown(lines),
             "",

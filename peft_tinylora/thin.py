@@ -1,10 +1,10 @@
-"""A matrix of few rows times activations of any dtype, without rounding the matrix or copying bfloat16 activations.
+"""A matrix of few rows times activations of any dtype, without rounding the matrix or copying many activations.
 
 A and (B R)^T have r rows and thousands of columns, in float32; activations are often bfloat16, and torch multiplies only
 what has one dtype. Converting the activations would read and write them once more than the product does. Instead the
 matrix is written as the sum of two bfloat16 ones, which together hold 16 of float32's 24 bits, and the products are
-summed in float32 by the matrix multiplication itself. Few numbers, as in decoding, are converted: one operation is
-faster there than several. So is float16, whose range is too small for the parts.
+summed in float32 by the matrix multiplication itself. Few numbers are converted: one operation is faster there than
+several. So is float16, whose range is too small for the parts.
 
 What is promised: against the same product in float64, `project` and `add_to` err by less than 2^-14 of what is summed
 (float32 activations: 2^-20, where nobody allows TF32), and `add_to` and `expand` round their result once, to its dtype.
@@ -15,7 +15,9 @@ import functools
 import torch
 
 
-CONVERTED_UP_TO = 1 << 15  # activations; measured on a CPU, where the two ways are equally fast at about this many
+# Numbers of bfloat16 up to which one conversion is faster than products in parts; see benchmarks/thin.py. The copy that
+# `project` makes of so many takes 4 MB at most, and is gone when it returns.
+PROJECT_CONVERTED, ADD_CONVERTED = 1 << 20, 1 << 15
 # `torch.mm(out_dtype=...)`, a float32 result of bfloat16 factors, is there for NVIDIA GPUs from 2.8 on; remove the
 # condition on the release when pyproject.toml asks for it.
 MM_TO_FP32 = torch.version.cuda is not None and torch.__version__ >= "2.8"
@@ -43,7 +45,7 @@ class Thin:
         """
         if x.dtype == self.M.dtype:
             return x.mm(self.MT)
-        if not self._in_parts(x):
+        if not self._in_parts(x, PROJECT_CONVERTED):
             return x.to(self.M.dtype).mm(self.MT)
         r = self.M.shape[0]
         parts = self._parts[r:].T
@@ -65,7 +67,7 @@ class Thin:
         """
         if y.dtype == self.M.dtype:
             return y.addmm_(h, self.M)
-        if not self._in_parts(y):
+        if not self._in_parts(y, ADD_CONVERTED):
             return y.add_(h.mm(self.M))
         return y.addmm_(_in_three_parts(h), self._parts)
 
@@ -75,12 +77,9 @@ class Thin:
             return _in_three_parts(h) @ self._parts
         return (h @ self.M).to(dtype)
 
-    def _in_parts(self, activations: torch.Tensor) -> bool:
-        return (
-            activations.dtype == torch.bfloat16
-            and activations.numel() > CONVERTED_UP_TO
-            and self.M.dtype == torch.float32
-        )
+    def _in_parts(self, activations: torch.Tensor, limit: int) -> bool:
+        is_bfloat16 = activations.dtype == torch.bfloat16 and self.M.dtype == torch.float32
+        return is_bfloat16 and activations.numel() > limit
 
     @functools.cached_property
     def _parts(self) -> torch.Tensor:
