@@ -3,7 +3,7 @@
     python -m benchmarks.thin --output benchmarks/results/thin_cpu.md     # half a minute on two CPU cores
 
 Converting the activations to float32 against products with the matrix in bfloat16 parts (peft_tinylora/thin.py), in turns:
-why its limits are what they are. Let nothing else run meanwhile.
+why its limit is what it is. Let nothing else run meanwhile.
 """
 
 import argparse
@@ -52,8 +52,7 @@ def ratios(rows: int, width: int) -> dict[str, list[float]]:
     for name, run in runs.items():
         for round_ in range(-5, ROUNDS):  # the first are to warm up
             seconds = []
-            for limit in (x.numel(), 0):  # converted, in parts
-                thin.PROJECT_CONVERTED = thin.ADD_CONVERTED = limit
+            for thin.CONVERTED_UP_TO in (x.numel(), 0):  # converted, in parts
                 seconds.append(microseconds(run))
             if round_ >= 0:
                 found[name].append(seconds[0] / seconds[1])
@@ -72,19 +71,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.thin", description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, help="Markdown file to write")
     options = parser.parse_args(argv)
-    others_before, limits = seconds_of_others(), (thin.PROJECT_CONVERTED, thin.ADD_CONVERTED)
+    others_before, limit = seconds_of_others(), thin.CONVERTED_UP_TO
     lines = [["activations", "numbers", "project, converted to parts", "add_to, converted to parts"]]
     for rows, width in SHAPES:
         cells = [median_and_quartiles(values) for values in ratios(rows, width).values()]
         lines.append([f"{rows} x {width}", f"{rows * width:,}", *cells])
-    thin.PROJECT_CONVERTED, thin.ADD_CONVERTED = limits
+    thin.CONVERTED_UP_TO = limit
     text = "\n".join(
         [
             "# Activations of bfloat16: converted, or multiplied in parts",
             "",
             *run_lines("benchmarks.thin", argv, STARTED, seconds_of_others() - others_before, ("torch",)),
             f"- r={RANK}; ratio of seconds over {ROUNDS} rounds in turns, median (quartiles); above 1, parts are faster",
-            f"- thin.py converts up to {limits[0]:,} numbers to project and {limits[1]:,} to add",
+            f"- thin.py converts up to {limit:,} numbers",
             "",
             markdown(lines),
             "",

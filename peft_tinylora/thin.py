@@ -15,9 +15,9 @@ import functools
 import torch
 
 
-# Numbers of bfloat16 up to which one conversion is faster than products in parts; see benchmarks/thin.py. The copy that
-# `project` makes of so many takes 4 MB at most, and is gone when it returns.
-PROJECT_CONVERTED, ADD_CONVERTED = 1 << 20, 1 << 15
+# Numbers of bfloat16 up to which they are converted. Beyond it `add_to` is faster in parts (benchmarks/thin.py). `project`
+# on its own would be faster converted up to a million, in a whole model no difference showed, and in parts it needs no copy.
+CONVERTED_UP_TO = 1 << 15
 # `torch.mm(out_dtype=...)`, a float32 result of bfloat16 factors, is there for NVIDIA GPUs from 2.8 on; remove the
 # condition on the release when pyproject.toml asks for it.
 MM_TO_FP32 = torch.version.cuda is not None and torch.__version__ >= "2.8"
@@ -45,7 +45,7 @@ class Thin:
         """
         if x.dtype == self.M.dtype:
             return x.mm(self.MT)
-        if not self._in_parts(x, PROJECT_CONVERTED):
+        if not self._in_parts(x):
             return x.to(self.M.dtype).mm(self.MT)
         r = self.M.shape[0]
         parts = self._parts[r:].T
@@ -67,7 +67,7 @@ class Thin:
         """
         if y.dtype == self.M.dtype:
             return y.addmm_(h, self.M)
-        if not self._in_parts(y, ADD_CONVERTED):
+        if not self._in_parts(y):
             return y.add_(h.mm(self.M))
         return y.addmm_(_in_three_parts(h), self._parts)
 
@@ -77,9 +77,9 @@ class Thin:
             return _in_three_parts(h) @ self._parts
         return (h @ self.M).to(dtype)
 
-    def _in_parts(self, activations: torch.Tensor, limit: int) -> bool:
+    def _in_parts(self, activations: torch.Tensor) -> bool:
         is_bfloat16 = activations.dtype == torch.bfloat16 and self.M.dtype == torch.float32
-        return is_bfloat16 and activations.numel() > limit
+        return is_bfloat16 and activations.numel() > CONVERTED_UP_TO
 
     @functools.cached_property
     def _parts(self) -> torch.Tensor:

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from peft_tinylora.thin import PROJECT_CONVERTED, Thin
+from peft_tinylora.thin import CONVERTED_UP_TO, Thin
 
 
-ROWS = {"few": 3, "many": PROJECT_CONVERTED // 64}  # of activations that are 96 wide
+ROWS = {"few": 3, "many": CONVERTED_UP_TO // 64}  # of activations that are 96 wide
 SUMS = {
     torch.float32: 2**-20,
     torch.bfloat16: 2**-14,

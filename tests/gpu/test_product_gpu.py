@@ -6,7 +6,7 @@ from peft import get_peft_model
 from support import fill_vectors, make_tiny_llama
 
 from peft_tinylora import AdapterBank, TinyLoraConfig
-from peft_tinylora.thin import PROJECT_CONVERTED, Thin
+from peft_tinylora.thin import CONVERTED_UP_TO, Thin
 
 
 pytestmark = [
@@ -17,7 +17,7 @@ DEVICE = "cuda"
 TILED = {"r": 2, "u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
 
 
-@pytest.mark.parametrize("rows", [3, PROJECT_CONVERTED // 32])
+@pytest.mark.parametrize("rows", [3, CONVERTED_UP_TO // 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_thin_products_are_those_in_float64(rows: int, dtype: torch.dtype) -> None:
     M = Thin(torch.randn(2, 96, device=DEVICE))
