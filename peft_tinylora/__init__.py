@@ -11,7 +11,6 @@ __version__ = "0.1.0"
 
 from .bank import AdapterBank
 from .config import TinyLoraConfig
-from .convert import convert_adapter
 from .errors import (
     AdapterFileError,
     BasisError,
@@ -22,6 +21,7 @@ from .errors import (
     TyingError,
     UnsupportedModuleError,
 )
+from .export import export_adapter
 from .layer import TinyLoraLayer
 from .model import TinyLoraModel
 from .plan import plan
@@ -41,7 +41,7 @@ __all__ = [
     "TinyLoraModel",
     "TyingError",
     "UnsupportedModuleError",
-    "convert_adapter",
+    "export_adapter",
     "plan",
     "register",
     "unregister",

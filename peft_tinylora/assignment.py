@@ -18,7 +18,7 @@ from torch import nn
 from .basis import Basis, compute_basis
 from .build import Request, build_bases
 from .config import TinyLoraConfig, conventions_of
-from .errors import BasisError
+from .errors import BasisError, ConfigError
 from .experts import wrapper_of_parameter
 from .layer import TinyLoraLayer
 from .projection import draw_projection, seed_of_module
@@ -34,6 +34,10 @@ from .weight import (
     parameter_shape,
     quantization_backend,
 )
+
+
+# Of all modules together, 4.3 GB in fp32. The paper's largest, u=512 on 196 modules, has 401,408.
+MOST_PROJECTION_NUMBERS = 2**30
 
 
 class Assignment(NamedTuple):
@@ -75,11 +79,13 @@ def assign(
         warn_if_overparametrised(config, groups)
 
     weights = {target.key: TargetWeight(model, target.key, target.parameter_name) for target in targets}
+    ranks = {key: bounded_rank(config, weight.matrix_shape(), key) for key, weight in weights.items()}
+    check_size_of_projections(config, sum(len(target.names) * ranks[target.key] ** 2 for target in targets))
     source = WeightSource(model, config, weights.values())
     assignments, requests = {}, []
     for index, (key, own_names, _) in enumerate(targets):
         weight = weights[key]
-        r = bounded_rank(config, weight.matrix_shape(), key)
+        r = ranks[key]
         basis = None
         if twin is not None and weight.adapted is not None and twin in weight.adapted.tinylora_A:
             basis, projection = weight.adapted.copy_of_factors(twin)
@@ -236,6 +242,16 @@ def bounded_rank(config: PeftConfig, shape: tuple[int, ...], name: str) -> int:
     if not config.inference_mode:
         warnings.warn(f"{message}: this module gets rank {smallest}.", stacklevel=2)
     return smallest
+
+
+def check_size_of_projections(config: PeftConfig, entries_of_R: int) -> None:
+    """Raise a [`ConfigError`] where r and u, which a downloaded config may set, ask for gigabytes of projections."""
+    numbers = config.u * entries_of_R
+    if numbers > MOST_PROJECTION_NUMBERS:
+        raise ConfigError(
+            f"r={config.r}, u={config.u}: the projections of all modules would take {numbers * 4 / 1e9:.3g} GB, and at "
+            f"most {MOST_PROJECTION_NUMBERS * 4 / 1e9:.3g} GB are drawn. Use a smaller u or r."
+        )
 
 
 def warn_if_overparametrised(config: PeftConfig, groups: dict[str, int]) -> None:

@@ -110,6 +110,14 @@ def place(base: str, name: str) -> Path | None:
     return folder / base_folder(base) / name if folder is not None and base else None
 
 
+def find(base: str, r: int, weights: str) -> list[Path]:
+    """The files that are kept of a base model for a rank and form of weights, by name alone; of any set of modules."""
+    folder = cache_folder()
+    if folder is None or not base:
+        return []
+    return sorted((folder / base_folder(base)).glob(f"r{r}-{_slug(weights)}-*{SUFFIX}"))
+
+
 def base_folder(base: str) -> str:
     """The name of the folder of a base model: its id, or the name of its local folder with a hash of the path."""
     if not os.path.isdir(base):

@@ -1,38 +1,34 @@
-"""`peft-tinylora`: the basis cache, and adapters in another form.
+"""`peft-tinylora`: what an adapter is, to the Hub and back, other forms of it, and the basis cache.
 
+peft-tinylora inspect ADAPTER                              base, modules, numbers, bytes; a folder or a Hub id
+peft-tinylora push FOLDER REPOSITORY                       to the Hub, one commit of the adapter, its card and its curve
+peft-tinylora pull REPOSITORY FOLDER                       from the Hub, checked
+peft-tinylora export ADAPTER FOLDER --to lora              or merged, portable, compact
 peft-tinylora basis list                                   what is cached, and how large
 peft-tinylora basis build MODEL [--load-in-4bit]           compute and keep the basis of a base model
 peft-tinylora basis verify [MODEL]                         every byte; with a model, every factor against its weights
 peft-tinylora basis clear [MODEL]                          remove the files of a base model, or all
 peft-tinylora basis push MODEL REPOSITORY                  to the Hub
 peft-tinylora basis pull MODEL REPOSITORY                  from the Hub, verified
-peft-tinylora convert ADAPTER FOLDER --to compact          or portable, which stock PEFT loads
 """
 
 import argparse
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from peft import PeftConfig
-from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-from . import basis_cache, basis_hub
-from .assignment import requests_of
-from .basis import Basis
-from .build import build_bases, file_name, verified
-from .config import TinyLoraConfig
-from .convert import FORMS, convert_adapter
+from . import hub
+from .adapter_files import find_adapter
+from .cli_basis import add_basis_commands, add_loading_options, load_base
+from .describe import Description, describe, lines
 from .errors import BasisError, TinyLoraError
+from .export import DTYPES, FORMS, export_adapter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0, or 1 where something is damaged or wrong, said in one line."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("peft_tinylora").handlers = [logging.StreamHandler()]  # other libraries have their own
     options = make_parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -47,190 +43,99 @@ def make_parser() -> argparse.ArgumentParser:
         "peft-tinylora", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    basis = commands.add_parser("basis", help="the basis cache").add_subparsers(required=True, metavar="COMMAND")
 
-    basis.add_parser("list", help="what is cached").set_defaults(run=list_bases)
-    build = basis.add_parser("build", help="compute and keep the basis of a base model")
-    build.set_defaults(run=build_basis)
-    verify = basis.add_parser("verify", help="check every byte; with a model, every factor against its weights")
-    verify.set_defaults(run=verify_bases)
-    clear = basis.add_parser("clear", help="remove the files of a base model, or all")
-    clear.add_argument("model", nargs="?", metavar="MODEL", help="id or folder of the base model")
-    clear.set_defaults(run=clear_bases)
-    push = basis.add_parser("push", help="upload the basis of a base model")
-    push.set_defaults(run=push_basis)
-    pull = basis.add_parser("pull", help="download the basis of a base model and verify it")
-    pull.set_defaults(run=pull_basis)
-    for command in (build, verify, push, pull):
-        add_model_options(command, "?" if command is verify else None)
-    for command in (push, pull):
-        command.add_argument("repository", metavar="REPOSITORY", help="Hub id, user/name")
+    inspect = commands.add_parser("inspect", help="what an adapter is")
+    inspect.set_defaults(run=inspect_adapter)
+    push = commands.add_parser("push", help="upload an adapter")
+    push.add_argument("folder", metavar="FOLDER", help="of the adapter")
+    push.add_argument("repository", metavar="REPOSITORY", help="Hub id, user/name; made if there is none")
+    push.add_argument("--revision", help="branch to commit to, made if there is none (default: main)")
     push.add_argument("--private", action="store_true", help="if the repository is made here")
+    push.add_argument("--base", help="Hub id of the base model, where the adapter names a folder")
+    push.set_defaults(run=push_adapter)
+    pull = commands.add_parser("pull", help="download an adapter into a folder")
+    pull.add_argument("repository", metavar="REPOSITORY", help="Hub id, user/name")
+    pull.add_argument("folder", metavar="FOLDER", help="where to write it")
+    pull.add_argument("--revision", help="branch, tag or commit (default: main)")
+    pull.set_defaults(run=pull_adapter)
+    export = commands.add_parser("export", help="write an adapter in another form")
+    for command in (inspect, export):
+        command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
+        command.add_argument("--revision", help="branch, tag or commit, of one on the Hub (default: main)")
+        command.add_argument("--subfolder", help="where in it the adapter is")
+    export.add_argument("folder", metavar="FOLDER", help="where to write it")
+    export.add_argument("--to", choices=FORMS, required=True)
+    export.add_argument(
+        "--dtype", choices=DTYPES, help="of a LoRA (default: float32) or of a merged model (the base's)"
+    )
+    export.add_argument("--base", help="id or folder of the base model (default: what the adapter names)")
+    add_loading_options(export)
+    export.set_defaults(run=export_folder)
 
-    convert = commands.add_parser("convert", help="write an adapter in another form")
-    convert.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
-    convert.add_argument("folder", metavar="FOLDER", help="where to write it")
-    convert.add_argument("--to", choices=FORMS, required=True)
-    convert.add_argument("--base", help="id or folder of the base model (default: what the adapter names)")
-    add_loading_options(convert)
-    convert.set_defaults(run=convert_folder)
+    basis = commands.add_parser("basis", help="the basis cache").add_subparsers(required=True, metavar="COMMAND")
+    add_basis_commands(basis)
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser, nargs: str | None) -> None:
-    """The options that say which basis is meant."""
-    parser.add_argument("model", nargs=nargs, metavar="MODEL", help="id or folder of the base model")
-    parser.add_argument("--r", type=int, default=2, help="rank (default: 2)")
-    parser.add_argument("--target-modules", nargs="+", default=["all-linear"], help="default: all-linear")
-    add_loading_options(parser)
+def inspect_adapter(options: argparse.Namespace) -> int:
+    """Prints what an adapter is."""
+    folder = find_adapter(options.adapter, options.revision, options.subfolder)
+    print("\n".join(lines(options.adapter, describe(folder))))
+    return 0
 
 
-def add_loading_options(parser: argparse.ArgumentParser) -> None:
-    """The options that say in which form a base model is loaded."""
-    parser.add_argument("--load-in-4bit", action="store_true", help="quantize it with bitsandbytes")
-    parser.add_argument("--quant-type", choices=("nf4", "fp4"), default="nf4", help="of 4 bits (default: nf4)")
-    parser.add_argument("--load-in-8bit", action="store_true", help="quantize it with bitsandbytes")
-    parser.add_argument("--dtype", default="auto", help="of what is not quantized (default: that of the checkpoint)")
-
-
-def load_base(name: str, options: argparse.Namespace) -> nn.Module:
-    """The base model, on the GPU if there is one and it is quantized, else on the CPU."""
-    loading = {}
-    if options.load_in_4bit or options.load_in_8bit:
-        loading["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=options.load_in_4bit,
-            load_in_8bit=options.load_in_8bit,
-            bnb_4bit_quant_type=options.quant_type,
-        )
-        loading["device_map"] = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
-    return AutoModelForCausalLM.from_pretrained(name, dtype=options.dtype, **loading)
-
-
-class BaseBasis:
-    """The base model that the options name, and its basis file.
-
-    Args:
-        options (`argparse.Namespace`): of [`add_model_options`].
-
-    Raises:
-        BasisError: if the cache is switched off.
-    """
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        targets = options.target_modules[0] if len(options.target_modules) == 1 else options.target_modules
-        config = TinyLoraConfig(r=options.r, tie="none", target_modules=targets)
-        self.requests, self.source = requests_of(load_base(options.model, options), config)
-        self.name = file_name(self.requests, self.source)
-        path = basis_cache.place(self.source.base, self.name)
-        if path is None:
-            raise BasisError("the basis cache is switched off: unset PEFT_TINYLORA_CACHE, or name a folder.")
-        self.path: Path = path
-
-    def build(self) -> None:
-        """Compute what is not kept yet, and keep it."""
-        build_bases(self.requests, self.source, sigma="left", canonical=True)
-
-    def wrong_modules(self, kept: dict[str, Basis]) -> list[str]:
-        """The modules of which `kept` has no basis of their weight."""
-        return [q.key for q in self.requests if verified(kept.get(q.key), q.read(), q) is None]
-
-
-def list_bases(options: argparse.Namespace) -> int:
-    """Prints a line for each file, the last used first, and their sum against the limit."""
-    entries = basis_cache.entries()
-    print(f"{'size':>9}  {'last used':<16}  {'modules':>7}  {'r':>3}  {'weights':<14}  base model")
-    for entry in entries:
-        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.used))
-        about = {key: entry.metadata.get(key, "?") for key in ("modules", "r", "weights")}
-        base = entry.metadata.get("base", f"damaged: {entry.path}")
-        print(
-            f"{entry.size_bytes / 1e6:>6.1f} MB  {used:<16}  {about['modules']:>7}  {about['r']:>3}  "
-            f"{about['weights']:<14}  {base}"
-        )
-    total = sum(entry.size_bytes for entry in entries)
-    folder = basis_cache.cache_folder() or "nowhere: PEFT_TINYLORA_CACHE=off"
-    print(
-        f"{len(entries)} files, {total / 1e6:.1f} MB of at most {basis_cache.size_limit_bytes() / 1e6:.0f} MB, in {folder}"
+def push_adapter(options: argparse.Namespace) -> int:
+    """Uploads an adapter and prints what was uploaded."""
+    pushed = hub.push(
+        options.folder,
+        options.repository,
+        revision=options.revision,
+        private=options.private or None,
+        base=options.base,
     )
+    print(f"pushed {', '.join(pushed.files)}: {pushed.url}")
     return 0
 
 
-def build_basis(options: argparse.Namespace) -> int:
-    """Computes the basis of a base model, or finds it kept, and prints where."""
-    basis = BaseBasis(options)
-    started = time.perf_counter()
-    basis.build()
-    seconds, megabytes = time.perf_counter() - started, basis.path.stat().st_size / 1e6
-    print(f"{len(basis.requests)} modules in {seconds:.1f} s: {basis.path} ({megabytes:.1f} MB)")
+def pull_adapter(options: argparse.Namespace) -> int:
+    """Downloads an adapter and prints what it is."""
+    found, names = hub.pull(options.repository, options.folder, revision=options.revision)
+    print(f"downloaded {', '.join(names)} into {options.folder}")
+    print("\n".join(lines(options.repository, found)))
     return 0
 
 
-def verify_bases(options: argparse.Namespace) -> int:
-    """Checks every file, or the factors of one base model; prints what fails."""
-    if options.model is None:
-        entries = basis_cache.entries()
-        damaged = [entry.path for entry in entries if not entry.metadata]
-        for path in damaged:
-            print(f"damaged: {path}")
-        print(f"{len(entries)} files, {len(damaged)} damaged")
-        return int(bool(damaged))
-    basis = BaseBasis(options)
-    kept = basis_cache.read(basis.path)
-    if not kept:
-        raise BasisError(
-            f"no sound basis of {options.model} is kept in {basis.path}: run `peft-tinylora basis build`."
-        )
-    wrong = basis.wrong_modules(kept)
-    for key in wrong:
-        print(f"not of these weights: {key}")
-    print(f"{len(basis.requests)} modules, {len(wrong)} with another basis, in {basis.path}")
-    return int(bool(wrong))
-
-
-def clear_bases(options: argparse.Namespace) -> int:
-    """Removes files and names them."""
-    removed = basis_cache.clear(options.model)
-    for path in removed:
-        print(f"removed {path}")
-    print(f"{len(removed)} files removed")
-    return 0
-
-
-def push_basis(options: argparse.Namespace) -> int:
-    """Uploads the basis of a base model, which is built first if it is not kept."""
-    basis = BaseBasis(options)
-    basis.build()
-    url = basis_hub.push(basis.path, options.repository, private=options.private or None)
-    print(f"pushed {basis.path.name} ({basis.path.stat().st_size / 1e6:.1f} MB): {url}")
-    print(f"name it in an adapter's config: basis_repo={options.repository!r}")
-    return 0
-
-
-def pull_basis(options: argparse.Namespace) -> int:
-    """Downloads the basis of a base model into the cache, once every factor was checked against the weights."""
-    basis = BaseBasis(options)
-    fetched = basis_hub.fetch(options.repository, basis.name)
-    kept = {} if fetched is None else basis_cache.read(fetched)
-    wrong = basis.wrong_modules(kept)
-    if wrong:
-        raise BasisError(
-            f"{options.repository} has no basis of {len(wrong)} of {len(basis.requests)} modules, such as {wrong[0]!r}; "
-            "nothing was kept. Load the base model as it was pushed, or run `peft-tinylora basis build`."
-        )
-    basis_cache.write(basis.path, kept, basis.source.base, basis.source.form)
-    print(f"{len(basis.requests)} modules verified: {basis.path}")
-    return 0
-
-
-def convert_folder(options: argparse.Namespace) -> int:
-    """Writes an adapter in another form and prints what it takes."""
-    name = options.base or PeftConfig.from_pretrained(options.adapter).base_model_name_or_path
+def export_folder(options: argparse.Namespace) -> int:
+    """Writes an adapter in another form and prints what it takes and, of a merged model, what rounding cost."""
+    found = describe(find_adapter(options.adapter, options.revision, options.subfolder))
+    name = options.base or found.config.base_model_name_or_path
     if name is None:
         raise BasisError(f"{options.adapter} names no base model: say which with --base.")
-    convert_adapter(options.adapter, options.folder, options.to, load_base(name, options))
-    for file in ("adapter_model.safetensors", "adapter_config.json"):
-        print(f"{(Path(options.folder) / file).stat().st_size:>10} bytes  {Path(options.folder) / file}")
+    load_as_trained(options, found)
+    report = export_adapter(
+        options.adapter,
+        options.folder,
+        options.to,
+        load_base(name, options),
+        options.dtype,
+        revision=options.revision,
+        subfolder=options.subfolder,
+    )
+    if report is not None:
+        print(report)
+    for path in sorted(Path(options.folder).iterdir()):
+        print(f"{path.stat().st_size:>10} bytes  {path}")
     return 0
+
+
+def load_as_trained(options: argparse.Namespace, found: Description) -> None:
+    """Sets the options of loading to the form of the base that an adapter was trained on, where they say nothing."""
+    library, _, rest = found.weights.partition(" ")
+    if library != "bnb" or options.load_in_4bit or options.load_in_8bit:
+        return
+    bits, _, quant_type = rest.partition(" ")
+    options.load_in_4bit, options.load_in_8bit = bits == "4bit", bits == "8bit"
+    options.quant_type = quant_type or options.quant_type
 
 
 if __name__ == "__main__":

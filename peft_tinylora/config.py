@@ -5,12 +5,16 @@ A config that names PEFT's fields only means what it means in PEFT. Naming any o
 projections seeded by module name, canonical signs.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, get_type_hints
 
 import peft
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
 
 from .errors import AdapterFileError, ConfigError
 
@@ -154,6 +158,8 @@ class TinyLoraConfig(peft.TinyLoraConfig):
         # Only in a file is the type a plain string; the factors are then about to be loaded, not computed.
         self.adapted_modules: list[str] = []  # filled in where a portable file must name them for stock PEFT
         self._from_file = self.peft_type is not None and not isinstance(self.peft_type, peft.PeftType)
+        if self._from_file:
+            check_types(self)
         if self.peft_type is not None:  # as from `to_dict`, or a file
             self._read_compact_fields()
         check_peft_fields(self)
@@ -236,6 +242,37 @@ class TinyLoraConfig(peft.TinyLoraConfig):
         return self.target_parameters is None and self.trainable_token_indices is None
 
 
+def check_types(config: TinyLoraConfig) -> None:
+    """Check that every field of a config that was read from a file has a value of its type.
+
+    Raises:
+        AdapterFileError: names the field, the value and what is allowed.
+    """
+    for name, (schema, hint) in _schemas().items():
+        value = getattr(config, name)
+        try:
+            validate_typed_dict(schema, {name: value})
+        except StrictDataclassError as error:
+            wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+            raise AdapterFileError(f"{name}={shortened(value)} in adapter_config.json: must be {wanted}.") from error
+
+
+@functools.cache
+def _schemas() -> dict[str, tuple[type, Any]]:
+    """Of each field, what it is validated against, and its type."""
+    return {
+        # JSON writes 1.0 as 1 where another program saved it.
+        name: (TypedDict(name, {name: float | int if hint is float else hint}), hint)
+        for name, hint in get_type_hints(TinyLoraConfig).items()
+    }
+
+
+def shortened(value: Any) -> str:
+    """`value` as it is shown in an error: not all of it where it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def check_peft_fields(config: peft.TinyLoraConfig) -> None:
     """Check the values of PEFT's own fields, of which PEFT itself lets many through.
 
@@ -273,8 +310,13 @@ def check_own_fields(config: TinyLoraConfig) -> None:
         value = getattr(config, name)
         if value is not None and value not in allowed:
             raise ConfigError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}.")
-    if config.basis_repo is not None and not isinstance(config.basis_repo, str):
-        raise ConfigError(f"basis_repo={config.basis_repo!r}: must be the id of a repository, 'user/name'.")
+    if config.basis_repo is not None:
+        try:
+            validate_repo_id(config.basis_repo)
+        except HFValidationError as error:
+            raise ConfigError(
+                f"basis_repo={shortened(config.basis_repo)}: must be the id of a repository on the Hub, 'user/name'."
+            ) from error
 
 
 def check_tie(tie: Any, n_tie: Any) -> None:

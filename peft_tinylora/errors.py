@@ -35,3 +35,7 @@ class BasisMismatchError(AdapterFileError):
 
 class MergeError(TinyLoraError, TypeError):
     """Adapters cannot be merged into weights that are stored like this: names the module and what to do instead."""
+
+
+class HubError(TinyLoraError, OSError):
+    """The Hub refused, or could not be reached: says for which repository, why, and what to do."""

@@ -146,6 +146,7 @@ class Mergeable:
         adapter_names: list[str] | None = None,
         dequantize_to: torch.dtype | None = None,
         generator: torch.Generator | None = None,
+        round_to: torch.dtype | None = None,
     ) -> None:
         """Merge adapters into the base weight; the original is kept and comes back, bit for bit, on unmerging.
 
@@ -155,6 +156,7 @@ class Mergeable:
             adapter_names (`list[str]`, *optional*): which to merge, defaults to the active ones.
             dequantize_to (`torch.dtype`, *optional*): replace a quantized base layer by an `nn.Linear` of this dtype.
             generator (`torch.Generator`, *optional*): round bf16 stochastically; see [`rounded`].
+            round_to (`torch.dtype`, *optional*): of a merged weight that is not quantized, defaults to its own.
 
         Raises:
             ValueError: with `safe_merge`, if the merged weight holds NaN or Inf; this layer is left as it was.
@@ -173,10 +175,13 @@ class Mergeable:
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
         if self.quantization_backend is None:
             stored = self.stored_tensor()
-            self._replace_weight(nn.Parameter(rounded(total, stored.dtype, generator), stored.requires_grad))
+            dtype = round_to or stored.dtype
+            self._replace_weight(nn.Parameter(rounded(total, dtype, generator), stored.requires_grad))
+            base = base.to(dtype).to(base.dtype)  # what rounding does to the base alone is no loss of the update
         elif dequantize_to is not None:
             self.base_layer = floating_linear(self.get_base_layer(), rounded(total, dequantize_to, generator))
             self.quantization_backend = None
+            base = base.to(dequantize_to).to(base.dtype)
         else:
             self._quantize_again(total, original)
         self.survival = survival(update, self.to_stored(self.dense_matrix()) - base)
@@ -214,6 +219,7 @@ def merge_layers(
     stochastic_rounding_seed: int | None = None,
     dequantize_to: torch.dtype | None = None,
     progressbar: bool = False,
+    round_to: torch.dtype | None = None,
 ) -> MergeReport:
     """Merge adapters into all layers, or into none.
 
@@ -224,6 +230,7 @@ def merge_layers(
         stochastic_rounding_seed (`int`, *optional*): round bf16 stochastically; every layer has draws of its own.
         dequantize_to (`torch.dtype`, *optional*): replace quantized base layers by `nn.Linear`s of this dtype.
         progressbar (`bool`, *optional*, defaults to `False`): whether to show one.
+        round_to (`torch.dtype`, *optional*): of merged weights that are not quantized, defaults to their own.
 
     Returns:
         [`MergeReport`]: empty where there was nothing to merge.
@@ -241,7 +248,7 @@ def merge_layers(
             if stochastic_rounding_seed is not None:
                 generator = torch.Generator().manual_seed(seed_of_module(stochastic_rounding_seed, name))
             with onload_layer(layer):
-                layer.merge(safe_merge, adapter_names, dequantize_to, generator)
+                layer.merge(safe_merge, adapter_names, dequantize_to, generator, round_to)
             if len(layer.merged_adapters) > before:
                 report[name] = layer.survival
     except Exception:
@@ -251,12 +258,13 @@ def merge_layers(
     return report
 
 
-def warn_of_loss(total: Survival, quantized: bool) -> None:
+def warn_of_loss(total: Survival, quantized: bool, has_chosen_dtype: bool) -> None:
     """Warn of what a merge lost, with the figure and the remedy."""
     if not math.isfinite(total.relative_error):
         warnings.warn("Merging gave NaN or Inf: unmerge, and check the adapter.", stacklevel=5)
         return
     remedy = "use merge_and_unload(dequantize=True)" if quantized else "load the base model in float32 to merge"
+    remedy = "choose float32" if has_chosen_dtype else remedy
     warnings.warn(
         f"Merging lost {min(total.relative_error, 9.99):.0%} of the update to rounding (cosine with the exact one "
         f"{total.cosine:.2f}; `merge_report` has every module). Keep the adapter unmerged, or {remedy}.",

@@ -255,6 +255,7 @@ class TinyLoraModel(Combining, BaseTuner):
         adapter_names: list[str] | None = None,
         dequantize: bool = False,
         stochastic_rounding_seed: int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> nn.Module:
         """The base model with the adapters merged into its weights; see [`merge_adapter`], also for what is raised.
 
@@ -265,19 +266,21 @@ class TinyLoraModel(Combining, BaseTuner):
             dequantize (`bool`, *optional*, defaults to `False`): whether to turn every quantized linear layer of the
                 model, adapted or not, into an `nn.Linear` of the model's dtype, so that the update is not quantized.
             stochastic_rounding_seed (`int`, *optional*): as in [`merge_adapter`].
+            dtype (`torch.dtype`, *optional*): of the whole returned model, dequantized if need be; merged weights are
+                rounded to it once. Defaults to what each weight has.
 
         Returns:
             `nn.Module`: the base model, changed in place.
         """
         self._check_merge_allowed()
-        dtype = floating_dtype(self.model) if dequantize else None
-        self._merge(adapter_names, safe_merge, stochastic_rounding_seed, dtype, progressbar)
+        dequantize_to = dtype or (floating_dtype(self.model) if dequantize else None)
+        self._merge(adapter_names, safe_merge, stochastic_rounding_seed, dequantize_to, progressbar, dtype)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")
             model = self._unload_and_optionally_merge(adapter_names=adapter_names)
-        if dtype is not None:
-            dequantize_model(model, dtype)
-        return model
+        if dequantize_to is not None:
+            dequantize_model(model, dequantize_to)
+        return model if dtype is None else model.to(dtype)
 
     def _merge(
         self,
@@ -286,16 +289,20 @@ class TinyLoraModel(Combining, BaseTuner):
         stochastic_rounding_seed: int | None,
         dequantize_to: torch.dtype | None = None,
         progressbar: bool = False,
+        round_to: torch.dtype | None = None,
     ) -> None:
         layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, TinyLoraLayer)}
-        report = merge_layers(layers, adapter_names, safe_merge, stochastic_rounding_seed, dequantize_to, progressbar)
+        report = merge_layers(
+            layers, adapter_names, safe_merge, stochastic_rounding_seed, dequantize_to, progressbar, round_to
+        )
         if not report:
             return
         self.merge_report = report
         # TRL merges and unmerges at every step that it sends to vLLM: one warning is enough.
         if not self._warned_of_loss and not report.total.relative_error <= TOLERATED_LOSS:
             self._warned_of_loss = True
-            warn_of_loss(report.total, quantized=any(layer.quantization_backend for layer in layers.values()))
+            quantized = any(layer.quantization_backend for layer in layers.values())
+            warn_of_loss(report.total, quantized, has_chosen_dtype=round_to is not None)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter and its vectors; see `BaseTuner.delete_adapter`."""

@@ -11,7 +11,9 @@ wrapped too: it passes the tensors of a file on without the config beside them, 
 
 import functools
 import inspect
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import peft
@@ -118,8 +120,10 @@ def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     before = set(self.peft_config) if self._hf_peft_config_loaded else set()
     bound = inspect.signature(_in_place_of["load"]).bind(self, *args, **kwargs)
     _unpack_file(self, bound.arguments)
+    is_unpacked = isinstance(bound.arguments.get("peft_config"), TinyLoraConfig)
     try:
-        loading_info = _in_place_of["load"](*bound.args, **bound.kwargs)
+        with _without_report() if is_unpacked else nullcontext():
+            loading_info = _in_place_of["load"](*bound.args, **bound.kwargs)
         for name in _tinylora_adapters(self) - before:
             keys = {*loading_info.missing_keys, *loading_info.unexpected_keys}
             check_loaded(self, self.peft_config[name], name, keys)
@@ -128,6 +132,17 @@ def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
             _take_back(self, name)
         raise
     return loading_info
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    # It says of the factors, which come from the base model, that they are missing and need training.
+    logger, hide = logging.getLogger("transformers.integrations.peft"), lambda record: False
+    logger.addFilter(hide)
+    try:
+        yield
+    finally:
+        logger.removeFilter(hide)
 
 
 def _unpack_file(model: PreTrainedModel, arguments: dict[str, Any]) -> None:

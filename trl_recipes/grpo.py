@@ -7,9 +7,11 @@ Takes every option of `trl grpo` but those of LoRA, and the `tinylora_*` ones. W
 `exact_match_reward`; with them they read the dataset's columns, as they do there.
 
 Leaves in `output_dir`: the adapter (adapter_model.safetensors, adapter_config.json), README.md (the model card),
-reward_curve.csv and reward_curve.png. The last line of stdout is one JSON object with the result.
+recipe.yaml (what was
+set), reward_curve.csv and reward_curve.png. With `push_to_hub: true` and `hub_model_id` they go to the Hub, as one commit. The
+last line of stdout is one JSON object with the result.
 
-parse -> data -> model -> trainer -> train -> save
+parse -> data -> model -> trainer -> train -> save -> push
 """
 
 import json
@@ -33,6 +35,9 @@ from transformers import ProgressCallback  # noqa: E402
 from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, ModelConfig  # noqa: E402
 
 from peft_tinylora import TinyLoraError  # noqa: E402
+from peft_tinylora.card import Evaluation, Training, command_line, make_card, use_lines, write_card  # noqa: E402
+from peft_tinylora.describe import MOST_SHOWN, describe  # noqa: E402
+from peft_tinylora.hub import check_access, push  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
     GRPOArguments,
     RecipeError,
@@ -40,6 +45,8 @@ from trl_recipes.arguments import (  # noqa: E402
     parse,
     refuse_lora_options,
     refuse_quantization_options,
+    take_hub_options,
+    write_recipe_file,
 )
 from trl_recipes.callbacks import (  # noqa: E402
     REWARD_COLUMNS,
@@ -48,7 +55,6 @@ from trl_recipes.callbacks import (  # noqa: E402
     ShortProgressCallback,
     draw_curve,
 )
-from trl_recipes.card import command_line, write_card  # noqa: E402
 from trl_recipes.problems import (  # noqa: E402
     NOT_SCORED,
     NOTHING_TO_EVALUATE,
@@ -71,12 +77,10 @@ from trl_recipes.trainer_setup import (  # noqa: E402
     round_vector,
     save_adapter,
     tinylora_config,
-    trained_numbers,
 )
 
 
 ARGUMENT_CLASSES = (GRPOArguments, GRPOConfig, ModelConfig, DatasetMixtureConfig, TinyLoraArguments)
-MOST_PRINTED = 64  # trained numbers shown in the terminal
 USAGE = "grpo.py --config FILE.yaml [--option value ...]   (--help lists every option)"
 
 
@@ -97,6 +101,10 @@ def main() -> None:
                 "or set overwrite_output_dir: true."
             )
         say(f"the finished adapter in {output_dir} will be replaced at the end of this run")
+    hub = take_hub_options(recipe_args, training_args, model_args)
+    repository = None
+    if hub is not None and PartialState().is_main_process:
+        repository = check_access(hub.repository, private=hub.private, token=hub.token)  # now, not after hours
 
     # --- data
     tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
@@ -118,7 +126,7 @@ def main() -> None:
     # --- model
     model = load_model(model_args, training_args.trust_remote_code, training_args.model_init_kwargs)
     training_args.model_init_kwargs = None  # used up: TRL warns when it is given a model and these
-    tinylora = tinylora_config(tinylora_args)
+    tinylora = tinylora_config(tinylora_args, model_args.model_revision)
 
     # --- trainer
     curve = CurveCallback(output_dir / "reward_curve.csv", REWARD_COLUMNS)
@@ -155,7 +163,8 @@ def main() -> None:
     # Without the wrapper of mixed precision: scored as a later process will score it.
     policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     round_vector(policy, tinylora_args.tinylora_save_dtype)
-    save_adapter(trainer, output_dir)  # before scoring, which takes a while: Ctrl-C must not cost the training
+    # Before scoring, which takes a while: Ctrl-C must not cost the training.
+    save_adapter(trainer, output_dir, load_tokenizer(model_args, training_args.trust_remote_code))
     after, answers_sha256 = score_both_ways(
         policy, tokenizer, held_out, recipe_args, training_args.max_completion_length
     )
@@ -163,14 +172,10 @@ def main() -> None:
         trainer.end()
     if not PartialState().is_main_process:
         return
-    adapter_bytes = (output_dir / "adapter_model.safetensors").stat().st_size
-    vector = trained_numbers(policy).tolist()
+    adapter = describe(output_dir)
+    if hub is not None and hub.base is not None:
+        adapter.config.base_model_name_or_path = hub.base
     question = "YOUR PROMPT" if held_out is None else held_out[0]["prompt"]
-    try_it = (
-        "import peft_tinylora, transformers\n"
-        f'print(transformers.pipeline("text-generation", {str(output_dir)!r})({question!r}, do_sample=False, '
-        f'max_new_tokens={training_args.max_completion_length})[0]["generated_text"])'
-    )
     score_again = None
     if held_out is not None:
         score_again = score_command(
@@ -180,45 +185,72 @@ def main() -> None:
     picture = output_dir / "reward_curve.png"
     draw_curve(curve.path, picture, title, "reward", before, after, is_share=is_exact_match)
     names = dataset_names(recipe_args, mixture_args)
-    write_card(
-        output_dir / "README.md",
-        name=output_dir.name,
-        base_model=model_args.model_name_or_path,
-        datasets=names,
-        eval_dataset=None if held_out is None else recipe_args.eval_dataset_name or names[0],
+    command = command_line(training_args.world_size)
+    training = Training(
         method="GRPO",
+        datasets=names,
         curve="reward",
-        vector=vector,
-        before=before,
-        after=after,
-        problems=problems,
         settings=settings_table(
             recipe_args, training_args, model_args, tinylora_args, rewards, trainer.state.max_steps
         ),
-        command=command_line(training_args.world_size),
-        try_it=try_it,
-        score_again=score_again,
+        command=command,
+        has_config_file=write_recipe_file(output_dir, sys.argv, command),
     )
+    evaluation = None
+    if after is not None:
+        evaluation = Evaluation(
+            dataset=recipe_args.eval_dataset_name or names[0],
+            config=None if recipe_args.eval_dataset_name else recipe_args.dataset_config,
+            split=recipe_args.dataset_test_split,
+            problems=problems,
+            before=before,
+            after=after,
+            score_again=score_again,
+            is_whole=recipe_args.max_eval_problems is None,
+        )
+    card = make_card(
+        adapter, repository or str(output_dir), training, evaluation, question, training_args.max_completion_length
+    )
+    write_card(output_dir, card, evaluation)
 
-    if not any(vector):
+    if not any(adapter.numbers):
         print(
             "\nv did not move: no group of completions had unequal rewards. Can the model solve some of these problems, "
             "and does the prompt ask it to mark its answer (#### 72)?"
         )
-    shown = vector[:MOST_PRINTED]
-    print(f"\n{len(vector)} trained numbers{':' if shown == vector else f', the first {len(shown)}:'}")
+    shown = adapter.numbers[:MOST_SHOWN]
+    print(
+        f"\n{len(adapter.numbers)} trained numbers{':' if shown == adapter.numbers else f', the first {len(shown)}:'}"
+    )
     for start in range(0, len(shown), 7):
         print("  " + " ".join(f"{value:+.5f}" for value in shown[start : start + 7]))
     if after is not None:
         print(f"\n{'held out':<12}{'before':>8}{'after':>8}")
         for decoding in after:
             print(f"{decoding:<12}{before[decoding]:>8.1%}{after[decoding]:>8.1%}")
+    adapter_bytes = adapter.sizes_bytes["adapter_model.safetensors"]
     print(
         f"\nsaved in {output_dir}: the adapter ({adapter_bytes} bytes), README.md, reward_curve.csv, reward_curve.png"
     )
     if score_again is not None:
         print(f"score it again: {score_again}")
-    print(f"try it:\n\n{try_it}\n")
+    print(f"try it:\n\n{use_lines(card)}")
+
+    # --- push
+    pushed = failure = None
+    if hub is not None:
+        try:
+            pushed = push(
+                output_dir,
+                repository,
+                revision=hub.revision,
+                private=hub.private,
+                token=hub.token,
+                base=hub.base,
+            )
+            print(f"pushed {', '.join(pushed.files)}: {pushed.url}")
+        except TinyLoraError as error:
+            failure = error
     scores = {
         f"{decoding}_{when}": None if values is None else values[decoding]
         for decoding in ("greedy", "sampled")
@@ -232,8 +264,11 @@ def main() -> None:
         "grpo_seconds": round(grpo_seconds, 1),
         "total_seconds": round(time.time() - float(os.environ.get("TINYLORA_DEMO_START", START)), 1),
         "adapter_bytes": adapter_bytes,
+        "pushed": None if pushed is None else pushed.url,
     }
     print(json.dumps(result), flush=True)
+    if failure is not None:
+        raise failure
 
 
 def settings_table(

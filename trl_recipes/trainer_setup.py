@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from trl import GRPOConfig, ModelConfig, get_quantization_config
 
 from peft_tinylora import TinyLoraConfig
+from peft_tinylora.adapter_files import ADAPTER_FILES
+from peft_tinylora.hub import TOKENIZER_FILES, is_changed
 from trl_recipes.arguments import RecipeError, TinyLoraArguments
 from trl_recipes.problems import first_line
 
@@ -81,8 +83,19 @@ def load_model(model_args: ModelConfig, trust_remote_code: bool, extra_kwargs: d
         raise RecipeError(f"cannot load model {model_args.model_name_or_path!r}: {first_line(error)}") from error
 
 
-def tinylora_config(arguments: TinyLoraArguments) -> TinyLoraConfig:
-    """Builds the adapter's config; raises [`RecipeError`] with the config's own words where a value is not allowed."""
+def tinylora_config(arguments: TinyLoraArguments, revision: str | None = None) -> TinyLoraConfig:
+    """
+    Builds the adapter's config.
+
+    Args:
+        arguments ([`TinyLoraArguments`]):
+            What was set.
+        revision (`str`, *optional*):
+            Of the base model, which whoever loads the adapter by its name alone needs too.
+
+    Raises:
+        RecipeError: with the config's own words where a value is not allowed.
+    """
 
     def names_or_pattern(names: list[str] | None) -> list[str] | str | None:
         # The command line gives a list; one element is a keyword (all-linear) or a pattern, as in TRL's ModelConfig.
@@ -91,6 +104,7 @@ def tinylora_config(arguments: TinyLoraArguments) -> TinyLoraConfig:
     try:
         return TinyLoraConfig(
             task_type="CAUSAL_LM",
+            revision=revision,
             r=arguments.tinylora_r,
             u=arguments.tinylora_u,
             tie=arguments.tinylora_tie,
@@ -162,22 +176,30 @@ def round_vector(model: PeftModel, save_dtype: str) -> None:
         config.save_dtype = save_dtype
 
 
-def save_adapter(trainer: Trainer, output_dir: Path) -> None:
+def save_adapter(trainer: Trainer, output_dir: Path, tokenizer_of_base: PreTrainedTokenizerBase) -> None:
     """
     Saves the adapter, config before weights: a folder that holds the weights is finished.
 
-    Written elsewhere first and moved, so that Ctrl-C leaves either the old adapter or the new one. Tokenizer and base
-    are not saved: they come from the base model. Every process calls it, for FSDP.
+    Written elsewhere first and moved, so that Ctrl-C leaves either the old adapter or the new one. The base is not saved,
+    and the tokenizer only where training gave it a chat template or tokens that the base's does not have. Every process
+    calls it, for FSDP.
 
     Args:
         trainer ([`~transformers.Trainer`]):
             The trainer after training.
         output_dir (`Path`):
             The adapter's folder.
+        tokenizer_of_base ([`~transformers.PreTrainedTokenizerBase`]):
+            The base model's tokenizer, as it was before training.
     """
     temporary = output_dir / ".saving"
     trainer.save_model(str(temporary))
     if trainer.is_world_process_zero():
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
+        changed = is_changed(trainer.processing_class, tokenizer_of_base)
+        for name in TOKENIZER_FILES:
+            (output_dir / name).unlink(missing_ok=True)  # of an earlier run
+            if changed and (temporary / name).exists():
+                os.replace(temporary / name, output_dir / name)
+        for name in ADAPTER_FILES:
             os.replace(temporary / name, output_dir / name)
         shutil.rmtree(temporary)

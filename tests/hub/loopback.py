@@ -1,39 +1,222 @@
-"""The Hub's routes that uploading and downloading a small file use, on the loopback interface, keeping files in memory."""
+"""A Hub on the loopback interface, for tests of whole pushes and downloads by the real client.
+
+It speaks the routes of the Hugging Face Hub that huggingface_hub uses for models, and keeps all in memory. The client
+finds it by HF_ENDPOINT or `endpoint=hub.url`; HF_HUB_DISABLE_XET=1 must be set, as Xet's protocol is not spoken here.
+"""
 
 import base64
+import fnmatch
 import hashlib
 import json
 import re
 import threading
-from contextlib import contextmanager
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+
+
+Files = dict[str, bytes]
+Fault = int | tuple[int, dict[str, str]] | str
+
+
+class Refusal(Exception):
+    """A status that is answered in place of what was asked, with the Hub's own code for why, if it has one."""
+
+    def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **headers}
 
 
 class Hub:
-    """Repositories by id, each a dictionary of file name -> bytes; collections of their ids; the requests that came.
+    """Repositories with branches and commits, and what came in.
 
-    `faults` has statuses that the next requests of a path are answered with: {"/resolve/": [503, 503]}.
+    `repositories` has the files of the main branches. A test may change or replace them at will, which counts as a
+    commit by somebody else. `faults` has, for a part of "METHOD path", what befalls the next requests with that part,
+    one entry each: {"/commit/": [503, (429, {"Retry-After": "1"}), "drop after"], "PUT /": ["drop"]}.
+
+    - a status, or a status with headers, is answered, and nothing is done;
+    - "drop" closes the connection with half of the request read;
+    - "drop after" does what is asked and closes the connection without an answer;
+    - "cut" announces a whole file, sends half of it and closes the connection;
+    - "short" sends half of a file as if it were all. These two wait for a GET of a file, and let its HEAD pass.
     """
 
     def __init__(self) -> None:
-        self.repositories: dict[str, dict[str, bytes]] = {}
-        self.collections: dict[str, list[str]] = {}
-        self.requests: list[str] = []
-        self.faults: dict[str, list[int]] = {}
         self.url = ""
+        self.user = "user"  # whose tokens these are
+        self.lock = threading.RLock()  # requests come in several threads
+        self.repositories: dict[str, Files] = {}
+        self.collections: dict[str, list[str]] = {}
+        self.private: set[str] = set()
+        self.tokens: set[str] = set()  # with none, everybody may do everything
+        self.forbidden_namespaces: set[str] = set()  # where nobody may write
+        self.lfs_objects: dict[str, bytes] = {}  # by their SHA-256
+        self.lfs_above_bytes = 10_000_000
+        self.lfs_names: set[str] = set()  # patterns such as "*.safetensors"
+        self.faults: dict[str, list[Fault]] = {}
+        self.requests: list[str] = []
+        self.authorizations: list[str | None] = []  # the header of each request
+        self._commits: dict[str, dict[str, Files]] = {}  # repository -> hash -> files
+        self._branches: dict[str, dict[str, str]] = {}  # repository -> name -> hash
 
-    def commit_of(self, repository: str) -> str:
-        """A hash that changes with the files."""
-        return hashlib.sha1(repr(sorted(self.repositories[repository].items())).encode()).hexdigest()
+    def branches(self, repository: str) -> dict[str, str]:
+        """The commit that each branch is at."""
+        with self.lock:
+            branches = self._branches.setdefault(repository, {})
+            files = self.repositories[repository]
+            if "main" not in branches or self._commits[repository][branches["main"]] != files:
+                self._add_commit(repository, "main", dict(files))
+            return dict(branches)
+
+    def commit_of(self, repository: str, revision: str = "main") -> str:
+        """The hash of the commit that a revision, a branch or a hash, is."""
+        with self.lock:
+            commit = self.branches(repository).get(revision, revision)
+            if commit not in self._commits[repository]:
+                raise Refusal(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            return commit
+
+    def files(self, repository: str, revision: str = "main") -> Files:
+        """The files of a revision."""
+        with self.lock:
+            commit = self.commit_of(repository, revision)
+            return dict(self._commits[repository][commit])
+
+    def create(self, repository: str, private: bool = False) -> None:
+        """A new repository; one of that name before, which a test took away, leaves no history."""
+        with self.lock:
+            self.repositories[repository] = {}
+            self._commits.pop(repository, None)
+            self._branches.pop(repository, None)
+            (self.private.add if private else self.private.discard)(repository)
+
+    def create_branch(self, repository: str, branch: str, start: str = "main") -> None:
+        with self.lock:
+            if branch in self.branches(repository):
+                raise Refusal(409, f"Reference refs/heads/{branch} already exists")
+            self._branches[repository][branch] = self.commit_of(repository, start)
+
+    def commit(self, repository: str, branch: str, entries: Iterable[dict], parent: str | None = None) -> str:
+        """A commit of what the lines of a commit request say: all of them or, where one cannot be, none."""
+        with self.lock:
+            if branch not in self.branches(repository):
+                raise Refusal(404, f"Invalid rev id: {branch}", "RevisionNotFound")
+            if parent not in (None, self.commit_of(repository, branch)):
+                raise Refusal(412, "A commit has happened since. Please refresh and try again.")
+            files = self.files(repository, branch)
+            for entry in entries:
+                self._apply(files, entry["key"], entry["value"])
+            if branch == "main":
+                self.repositories[repository].clear()  # changed in place: a test may hold it
+                self.repositories[repository].update(files)
+            return self._add_commit(repository, branch, files)
+
+    def _apply(self, files: Files, key: str, value: dict) -> None:
+        path = value["path"]
+        if key == "file":
+            files[path] = base64.b64decode(value["content"])
+        elif key == "lfsFile":
+            if value["oid"] not in self.lfs_objects:
+                raise Refusal(400, f"LFS pointer of {path} points to a file that does not exist")
+            files[path] = self.lfs_objects[value["oid"]]
+        else:
+            folder = path.rstrip("/") + "/"
+            gone = [name for name in files if name == path or (key == "deletedFolder" and name.startswith(folder))]
+            if not gone:
+                raise Refusal(404, f"{path} does not exist", "EntryNotFound")
+            for name in gone:
+                del files[name]
+
+    def _add_commit(self, repository: str, branch: str, files: Files) -> str:
+        # With the parent in its hash, a commit that changes nothing is another one, as in git.
+        branches = self._branches[repository]
+        content = [repository, branches.get(branch), *((name, git_oid(files[name])) for name in sorted(files))]
+        branches[branch] = hashlib.sha1(repr(content).encode()).hexdigest()
+        self._commits.setdefault(repository, {})[branches[branch]] = files
+        return branches[branch]
+
+    def is_lfs(self, name: str, size: int) -> bool:
+        """Whether files of this name and size are kept as LFS objects: no empty ones, which the client never sends."""
+        by_name = any(fnmatch.fnmatch(name, pattern) for pattern in self.lfs_names)
+        return size > 0 and (by_name or size > self.lfs_above_bytes)
+
+    def entry(self, name: str, data: bytes) -> dict:
+        """A file as the Hub lists it. In git an LFS file is its pointer, so its oid is that of the pointer."""
+        entry = {"type": "file", "path": name, "size": len(data)}
+        if not self.is_lfs(name, len(data)):
+            return entry | {"oid": git_oid(data)}
+        sha256 = hashlib.sha256(data).hexdigest()
+        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{sha256}\nsize {len(data)}\n".encode()
+        lfs = {"oid": sha256, "size": len(data), "pointerSize": len(pointer)}
+        return entry | {"oid": git_oid(pointer), "lfs": lfs}
+
+    def tree(self, repository: str, revision: str) -> list[dict]:
+        """All files and folders of a revision. The oid of a folder only changes with its files; it is not git's."""
+        files = self.files(repository, revision)
+        entries = [self.entry(name, data) for name, data in files.items()]
+        parts = (name.split("/") for name in files)
+        for folder in {"/".join(part[:depth]) for part in parts for depth in range(1, len(part))}:
+            inside = sorted((name, git_oid(files[name])) for name in files if name.startswith(folder + "/"))
+            entries.append({"type": "directory", "path": folder, "size": 0, "oid": git_oid(repr(inside).encode())})
+        return sorted(entries, key=lambda entry: entry["path"])
+
+    def check_read(self, repository: str, token: str | None) -> None:
+        """Refuses who may not know of a repository just as if there were none."""
+        known = not self.tokens or token in self.tokens
+        if repository not in self.repositories or (repository in self.private and not known):
+            raise Refusal(404 if known else 401, "Repository not found", "RepoNotFound")
+
+    def check_write(self, repository: str, token: str | None) -> None:
+        if self.tokens and token not in self.tokens:
+            raise Refusal(401, "Invalid username or password.")
+        if (namespace := repository.partition("/")[0]) in self.forbidden_namespaces:
+            raise Refusal(403, f"You don't have the rights to write in the namespace {namespace}")
+
+    def note(self, method: str, path: str, authorization: str | None) -> Fault | None:
+        """Keeps that a request came and gives the fault that a test has laid for it."""
+        request = f"{method} {path}"
+        with self.lock:
+            self.requests.append(request)
+            self.authorizations.append(authorization)
+            for part, faults in self.faults.items():
+                if part in request and faults:
+                    if faults[0] not in ("cut", "short") or (method == "GET" and "/resolve/" in path):
+                        return faults.pop(0)
+        return None
+
+
+def git_oid(data: bytes) -> str:
+    """The name that git gives a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+def read_card(content: str) -> dict:
+    """The metadata at the top of a model card. Raises ValueError or yaml.YAMLError where they are wrong."""
+    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", content, re.DOTALL | re.MULTILINE)
+    metadata = (yaml.safe_load(found[1]) if found else None) or {}
+    if not isinstance(metadata, dict):
+        raise ValueError("The metadata are not a mapping")
+    for key in ("base_model", "datasets"):
+        values = metadata.get(key) or []
+        for value in values if isinstance(values, list) else [values]:
+            if str(value).startswith(("/", ".")):
+                raise ValueError(f'"{key}" with value "{value}" is not valid. Use an id from https://hf.co.')
+    return metadata
 
 
 @contextmanager
-def running_hub():
+def running_hub() -> Iterator[Hub]:
     """A [`Hub`] that answers at its `url` while this lasts."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
     hub.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     try:
         yield hub
     finally:
@@ -41,86 +224,242 @@ def running_hub():
         server.server_close()
 
 
+class Answer(NamedTuple):
+    body: bytes | dict | list = b""
+    status: int = 200
+    headers: dict[str, str] = {}
+
+
+ROUTES: list[tuple[str, re.Pattern, Callable[..., Answer]]] = []
+ID = r"((?:[\w.-]+/)?[\w.-]+)"
+MODEL = rf"/api/models/{ID}"
+
+
+def route(method: str, pattern: str) -> Callable:
+    """Has a method of the handler answer the paths of a pattern, with the unquoted groups as its arguments."""
+
+    def add(function: Callable[..., Answer]) -> Callable[..., Answer]:
+        ROUTES.append((method, re.compile(pattern), function))
+        return function
+
+    return add
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    timeout = 30  # seconds without a byte, after which a connection is closed: no thread waits for ever
+    disable_nagle_algorithm = True  # a header and a body are two writes, and the second would wait for 40 ms
     hub: Hub
 
     def log_message(self, *args: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self.do_GET()
+    def handle(self) -> None:
+        with suppress(ConnectionError):  # a client that went away
+            super().handle()
 
     def do_GET(self) -> None:
-        if self._fault():
+        """Any request: notes it and lets a fault befall it, or answers it by the first route that fits."""
+        self.fault = self.hub.note(self.command, self.path, self.headers.get("Authorization"))
+        length = int(self.headers.get("Content-Length", 0))
+        if self.fault == "drop":
+            self.rfile.read(length // 2)
+            self.close_connection = True
             return
-        if self.path.startswith("/api/collections/"):
-            return self._answer_collection(self.path.removeprefix("/api/collections/"))
-        found = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", self.path)
-        if not found:
-            return self._answer(404, {})
-        repository, _, name = found.groups()
-        files = self.hub.repositories.get(repository)
-        if files is None or name not in files:
-            code = "RepoNotFound" if files is None else "EntryNotFound"
-            return self._answer(404, {}, {"X-Error-Code": code})
-        etag = hashlib.sha1(files[name]).hexdigest()
-        self._answer(200, files[name], {"ETag": f'"{etag}"', "X-Repo-Commit": self.hub.commit_of(repository)})
+        self.body = self.rfile.read(length)  # always: the next request follows on the same connection
+        if isinstance(self.fault, int | tuple):
+            status, headers = self.fault if isinstance(self.fault, tuple) else (self.fault, {})
+            return self._send(Answer({"error": "as the test wants"}, status, headers))
+        try:
+            with self.hub.lock:
+                answer = self._route()
+        except Refusal as refusal:
+            answer = Answer({"error": str(refusal)}, refusal.status, refusal.headers)
+        except Exception:  # a mistake here, said by a status that the client does not try again
+            answer = Answer({"error": traceback.format_exc()}, 501)
+        self._send(answer)
 
-    def _answer_collection(self, slug: str) -> None:
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _route(self) -> Answer:
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        self.token = token if scheme.lower() == "bearer" else None
+        if self.token is not None and self.hub.tokens and self.token not in self.hub.tokens:
+            raise Refusal(401, "Invalid credentials in Authorization header")
+        path, query = urlsplit(self.path).path, urlsplit(self.path).query
+        self.query = {name: values[-1] for name, values in parse_qs(query).items()}
+        for method, pattern, function in ROUTES:
+            found = pattern.fullmatch(path)
+            if found and method == self.command.replace("HEAD", "GET"):
+                return function(self, *(group and unquote(group) for group in found.groups()))
+        raise Refusal(404, "Sorry, we can't find the page you are looking for.")
+
+    def _send(self, answer: Answer) -> None:
+        if self.fault == "drop after":
+            self.close_connection = True
+            return
+        data = answer.body if isinstance(answer.body, bytes) else json.dumps(answer.body).encode()
+        sent = data[: len(data) // 2] if self.fault in ("cut", "short") else data
+        self.send_response(answer.status)
+        length = len(sent if self.fault == "short" else data)
+        for name, value in {"Content-Length": str(length), **answer.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(sent)
+        if self.fault == "cut":
+            self.close_connection = True
+
+    @route("GET", "/api/whoami-v2")
+    def _whoami(self) -> Answer:
+        if self.hub.tokens and self.token is None:
+            raise Refusal(401, "Invalid username or password.")
+        return Answer({"type": "user", "name": self.hub.user, "fullname": self.hub.user, "orgs": []})
+
+    @route("POST", "/api/repos/create")
+    def _create(self) -> Answer:
+        wanted = json.loads(self.body)
+        repository = f"{wanted.get('organization') or self.hub.user}/{wanted['name']}"
+        self.hub.check_write(repository, self.token)
+        url = {"url": f"{self.hub.url}/{repository}"}
+        if repository in self.hub.repositories:
+            return Answer(url | {"error": "You already created this model repo"}, 409)
+        self.hub.create(repository, wanted.get("private", False) or wanted.get("visibility") == "private")
+        return Answer(url)
+
+    @route("POST", "/api/validate-yaml")
+    def _validate_card(self) -> Answer:
+        try:
+            read_card(json.loads(self.body)["content"])
+        except (ValueError, yaml.YAMLError) as error:
+            return Answer({"errors": [{"message": str(error)}], "warnings": []}, 400)
+        return Answer({"errors": [], "warnings": []})
+
+    @route("POST", MODEL + "/branch/([^/]+)")
+    def _create_branch(self, repository: str, branch: str) -> Answer:
+        self._check(repository, write=True)
+        self.hub.create_branch(repository, branch, json.loads(self.body or "{}").get("startingPoint", "main"))
+        return Answer()
+
+    @route("POST", MODEL + "/preupload/([^/]+)")
+    def _preupload(self, repository: str, revision: str) -> Answer:
+        """How each file is to be sent, and what is there under its name: the client leaves out what is the same."""
+        self._check(repository, write=True)
+        present = {entry["path"]: entry for entry in self.hub.tree(repository, revision)}
+        files = []
+        for file in json.loads(self.body)["files"]:
+            entry = present.get(file["path"], {"oid": None})
+            mode = "lfs" if self.hub.is_lfs(file["path"], file["size"]) else "regular"
+            oid = entry.get("lfs", entry)["oid"]
+            files.append({"path": file["path"], "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return Answer({"files": files})
+
+    @route("POST", rf"/{ID}\.git/info/lfs/objects/batch")
+    def _lfs_batch(self, repository: str) -> Answer:
+        self._check(repository, write=True)
+        verify = {"href": f"{self.hub.url}/{repository}.git/info/lfs/objects/verify", "header": {}}
+        objects = []
+        for wanted in json.loads(self.body)["objects"]:
+            upload = {"href": f"{self.hub.url}/lfs/{repository}/{wanted['oid']}", "header": {}}
+            new = {} if wanted["oid"] in self.hub.lfs_objects else {"actions": {"upload": upload, "verify": verify}}
+            objects.append({"oid": wanted["oid"], "size": wanted["size"], **new})
+        return Answer({"transfer": "basic", "objects": objects})
+
+    @route("PUT", rf"/lfs/{ID}/([0-9a-f]{{64}})")
+    def _lfs_upload(self, repository: str, oid: str) -> Answer:
+        """Asks for no token, as the client sends none here: the Hub's own address of an upload is a signed one."""
+        if hashlib.sha256(self.body).hexdigest() != oid:
+            raise Refusal(400, "The content does not match its SHA-256")
+        self.hub.lfs_objects[oid] = self.body
+        return Answer()
+
+    @route("POST", rf"/{ID}\.git/info/lfs/objects/verify")
+    def _lfs_verify(self, repository: str) -> Answer:
+        self._check(repository, write=True)
+        wanted = json.loads(self.body)
+        if len(self.hub.lfs_objects.get(wanted["oid"], b"")) != wanted["size"]:
+            raise Refusal(404, "The object was not uploaded")
+        return Answer()
+
+    @route("POST", MODEL + "/commit/([^/]+)")
+    def _commit(self, repository: str, branch: str) -> Answer:
+        self._check(repository, write=True)
+        header, *entries = (json.loads(line) for line in self.body.splitlines())
+        commit = self.hub.commit(repository, branch, entries, header["value"].get("parentCommit"))
+        url = f"{self.hub.url}/{repository}/commit/{commit}"
+        return Answer({"success": True, "commitOid": commit, "commitUrl": url})
+
+    @route("GET", MODEL + "(?:/revision/([^/]+))?")
+    def _info(self, repository: str, revision: str | None) -> Answer:
+        self._check(repository)
+        commit = self.hub.commit_of(repository, revision or "main")
+        card = {}
+        with suppress(ValueError, yaml.YAMLError):
+            card = read_card(self.hub.files(repository, commit).get("README.md", b"").decode())
+        siblings = []
+        for entry in self.hub.tree(repository, commit):
+            if entry["type"] == "file":
+                siblings.append({"rfilename": entry["path"]})
+                if "blobs" in self.query:
+                    siblings[-1] |= {"size": entry["size"], "blobId": entry["oid"]}
+                    if lfs := entry.get("lfs"):
+                        siblings[-1]["lfs"] = lfs | {"sha256": lfs["oid"]}
+        info = {"id": repository, "modelId": repository, "author": repository.partition("/")[0], "sha": commit}
+        info |= {"private": repository in self.hub.private, "gated": False, "disabled": False}
+        return Answer(info | {"siblings": siblings, "cardData": card, "tags": card.get("tags") or []})
+
+    @route("GET", MODEL + "/tree/([^/]+)(?:/(.+))?")
+    def _tree(self, repository: str, revision: str, folder: str | None) -> Answer:
+        self._check(repository)
+        start = folder.rstrip("/") + "/" if folder else ""
+        entries = [entry for entry in self.hub.tree(repository, revision) if entry["path"].startswith(start)]
+        if folder and not entries:
+            raise Refusal(404, f"{folder} does not exist", "EntryNotFound")
+        if self.query.get("recursive", "false").lower() != "true":
+            entries = [entry for entry in entries if "/" not in entry["path"].removeprefix(start)]
+        return Answer(entries)
+
+    @route("POST", MODEL + "/paths-info/([^/]+)")
+    def _paths_info(self, repository: str, revision: str) -> Answer:
+        self._check(repository)
+        paths = parse_qs(self.body.decode()).get("paths", [])
+        return Answer([entry for entry in self.hub.tree(repository, revision) if entry["path"] in paths])
+
+    @route("GET", f"/{ID}/resolve/([^/]+)/(.+)")
+    def _resolve(self, repository: str, revision: str, name: str) -> Answer:
+        """A file, or the part of it that a download which broke off lacks."""
+        self._check(repository)
+        commit = self.hub.commit_of(repository, revision)
+        data = self.hub.files(repository, commit).get(name)
+        if data is None:
+            raise Refusal(404, "Entry not found", "EntryNotFound", **{"X-Repo-Commit": commit})
+        entry = self.hub.entry(name, data)
+        headers = {"ETag": f'"{entry.get("lfs", entry)["oid"]}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if "lfs" in entry:
+            headers |= {"X-Linked-Etag": headers["ETag"], "X-Linked-Size": str(len(data))}
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if not wanted or self.fault == "short":
+            return Answer(data, 200, headers)
+        start, end = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
+        if start > end:
+            raise Refusal(416, "Range not satisfiable", **{"Content-Range": f"bytes */{len(data)}"})
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+        return Answer(data[start : end + 1], 206, headers)
+
+    @route("GET", "/api/collections/(.+)")
+    def _collection(self, slug: str) -> Answer:
         if slug not in self.hub.collections:
-            return self._answer(404, {})
-        date = "2026-01-01T00:00:00.000Z"
+            raise Refusal(404, "Collection not found")
         items = [
             {"_id": f"{index:024x}", "id": repository, "type": "model", "position": index}
             for index, repository in enumerate(self.hub.collections[slug])
         ]
-        owner = {"name": slug.partition("/")[0]}
-        self._answer(
-            200,
-            {"slug": slug, "title": slug, "owner": owner, "items": items, "lastUpdated": date, "private": False,
-             "theme": "blue", "upvotes": 0, "position": 0},
-        )  # fmt: skip
+        collection = {"slug": slug, "title": slug, "owner": {"name": slug.partition("/")[0]}, "items": items}
+        collection |= {"lastUpdated": "2026-01-01T00:00:00.000Z", "private": False, "theme": "blue"}
+        return Answer(collection | {"upvotes": 0, "position": 0})
 
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self._fault():
-            return
-        if self.path == "/api/repos/create":
-            wanted = json.loads(body)
-            repository = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
-            self.hub.repositories.setdefault(repository, {})
-            return self._answer(200, {"url": f"{self.hub.url}/{repository}"})
-        found = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(preupload|commit)/([^/]+)", self.path)
-        if not found:
-            return self._answer(404, {})
-        repository, action, _ = found.groups()
-        if action == "preupload":
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False, "oid": None}
-                     for file in json.loads(body)["files"]]  # fmt: skip
-            return self._answer(200, {"files": files})
-        for line in body.splitlines():
-            entry = json.loads(line)
-            if entry["key"] == "file":
-                value = entry["value"]
-                self.hub.repositories[repository][value["path"]] = base64.b64decode(value["content"])
-        commit = self.hub.commit_of(repository)
-        url = f"{self.hub.url}/{repository}/commit/{commit}"
-        self._answer(200, {"success": True, "commitOid": commit, "commitUrl": url})
-
-    def _fault(self) -> bool:
-        self.hub.requests.append(f"{self.command} {self.path}")
-        for path, statuses in self.hub.faults.items():
-            if path in self.path and statuses:
-                self._answer(statuses.pop(0), {"error": "as the test wants"})
-                return True
-        return False
-
-    def _answer(self, status: int, body: bytes | dict, headers: dict[str, str] | None = None) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
+    def _check(self, repository: str, write: bool = False) -> None:
+        """Refuses the request of who may not do this, or where there is no such repository."""
+        if write:
+            self.hub.check_write(repository, self.token)
+        self.hub.check_read(repository, self.token)

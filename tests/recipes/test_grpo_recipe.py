@@ -73,7 +73,7 @@ def test_a_resumed_run_ends_where_the_whole_run_did(launch, problem_files, tmp_p
 def test_files_and_nothing_else(run):
     assert {path.name for path in run.folder.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "reward_curve.csv", "reward_curve.png"),
-        *("checkpoint-1", "checkpoint-2"),
+        *("recipe.yaml", "checkpoint-1", "checkpoint-2"),
     }
     assert (run.folder / "reward_curve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -107,8 +107,8 @@ def test_the_terminal_shows_the_numbers_and_how_to_try_them(run, problem_files):
         assert f"{float(rows[-1][f'v_{i}']):+.5f}" in run.stdout
     assert f"greedy {run.result['greedy_before']:.1%}" in run.stdout
     assert "Warning" not in run.stderr
-    lines = run.stdout.split("try it:\n\n")[1].splitlines()[:2]
-    finished = in_new_process(sys.executable, "-c", "\n".join(lines))
+    code = run.stdout.split("try it:\n\n")[1].rpartition("{")[0]
+    finished = in_new_process(sys.executable, "-c", code)
     assert finished.returncode == 0, finished.stderr
     question = json.loads(problem_files[1].read_text().splitlines()[0])["prompt"]
     assert finished.stdout.startswith(question)

@@ -100,7 +100,7 @@ def test_a_resumed_run_ends_where_the_whole_run_did(launch, solved_file, problem
 def test_files_and_nothing_else(run):
     assert {path.name for path in run.folder.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "loss_curve.csv", "loss_curve.png"),
-        *("checkpoint-1", "checkpoint-2"),
+        *("recipe.yaml", "checkpoint-1", "checkpoint-2"),
     }
     assert (run.folder / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
 

@@ -1,5 +1,6 @@
 """trainer_setup.py: the cast that TRL makes, undone; the adapter's folder, whole at any moment."""
 
+import copy
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from peft_tinylora import TinyLoraConfig
@@ -143,31 +144,58 @@ def test_trained_numbers_are_a_copy_in_order():
     assert model.tinylora_v["0"].tolist() == [1.0, 2.0]
 
 
+class SavingTrainer:
+    """As much of a Trainer as saving needs: it writes what a Trainer writes, or is interrupted before the weights."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, interrupted: bool = False) -> None:
+        self.processing_class, self.interrupted = tokenizer, interrupted
+
+    def save_model(self, folder: str) -> None:
+        Path(folder).mkdir(exist_ok=True)
+        self.processing_class.save_pretrained(folder)
+        for name in ("adapter_config.json", "README.md", "training_args.bin", "adapter_model.safetensors"):
+            if self.interrupted and name == "adapter_model.safetensors":
+                raise KeyboardInterrupt
+            (Path(folder) / name).write_text("new")
+
+    def is_world_process_zero(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def tokenizer(tiny_model_dir) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(tiny_model_dir)
+
+
 @pytest.mark.parametrize("interrupted", [True, False])
-def test_the_folder_holds_the_old_adapter_or_the_new_one(tmp_path, interrupted):
+def test_the_folder_holds_the_old_adapter_or_the_new_one(tmp_path, tokenizer, interrupted):
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (tmp_path / name).write_text("old")
-
-    class Trainer:
-        def save_model(self, folder):
-            (tmp_path / ".saving").mkdir(exist_ok=True)
-            for name in ("adapter_config.json", "README.md", "adapter_model.safetensors"):
-                if interrupted and name == "adapter_model.safetensors":
-                    raise KeyboardInterrupt
-                (tmp_path / ".saving" / name).write_text("new")
-
-        def is_world_process_zero(self):
-            return True
-
+    trainer = SavingTrainer(tokenizer, interrupted)
     if interrupted:
         with pytest.raises(KeyboardInterrupt):
-            save_adapter(Trainer(), tmp_path)
+            save_adapter(trainer, tmp_path, tokenizer)
     else:
-        save_adapter(Trainer(), tmp_path)
+        save_adapter(trainer, tmp_path, tokenizer)
         assert {path.name for path in tmp_path.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     text = "old" if interrupted else "new"
     assert (tmp_path / "adapter_config.json").read_text() == text
     assert (tmp_path / "adapter_model.safetensors").read_text() == text
+
+
+def test_a_tokenizer_is_saved_where_training_changed_it_and_that_of_an_earlier_run_goes(tmp_path, tokenizer):
+    def saved(change) -> set[str]:
+        trained = copy.deepcopy(tokenizer)
+        change(trained)
+        save_adapter(SavingTrainer(trained), tmp_path, tokenizer)
+        return {path.name for path in tmp_path.iterdir()} - {"adapter_config.json", "adapter_model.safetensors"}
+
+    files = {"tokenizer.json", "tokenizer_config.json"}
+    assert saved(lambda t: t.add_tokens(["<think>"])) == files
+    assert saved(lambda t: setattr(t, "chat_template", "{{ messages }}")) == files | {"chat_template.jinja"}
+    assert saved(lambda t: setattr(t, "eos_token", "####")) == files
+    assert saved(lambda t: setattr(t, "pad_token", "so")) == set()  # what it pads with is no change
+    assert saved(lambda t: t(["3 + 4 ="] * 2, padding=True, truncation=True, max_length=2)) == set()
 
 
 def test_v_is_rounded_in_the_model_and_in_what_is_saved(tmp_path, tiny_llama):
