@@ -22,7 +22,7 @@ STAMP := $(VENV)/.installed
 # Taken before anything is installed: the demo's total_seconds starts here.
 export TINYLORA_DEMO_START := $(shell date +%s)
 
-.PHONY: setup demo demo-4bit test test-peft test-backends test-zero3 bench benchmark benchmark-basis quality style clean
+.PHONY: setup demo demo-4bit cards test test-peft test-backends test-zero3 bench benchmark benchmark-basis quality style clean
 
 setup: $(STAMP)
 	@echo "setup: $(VENV) is up to date"
@@ -55,6 +55,15 @@ demo-4bit: setup
 	@OMP_NUM_THREADS=2 $(VENV)/bin/python trl_recipes/score.py --adapter outputs/embedded_grpo_4bit \
 	    --dataset trl_recipes/embedded/data/held_out.jsonl --batch_size 256 --max_completion_length 40 \
 	    --load_in_4bit true --dtype float32 --use_cpu true
+
+# The adapters of model_cards/, trained anew: some five minutes on a CPU.
+cards: setup
+	@for name in embedded_grpo embedded_grpo_4bit embedded_sft; do \
+	    echo "cards: $$name"; \
+	    recipe=$${name#embedded_}; \
+	    OMP_NUM_THREADS=2 $(VENV)/bin/python trl_recipes/$${recipe%_4bit}.py \
+	        --config trl_recipes/configs/$$name.yaml --output_dir model_cards/$$name || exit 1; \
+	done
 
 test: setup
 	@echo "test: the offline CPU tests"

@@ -2,12 +2,19 @@
 
 Only `adapter_config.json` and `adapter_model.safetensors` are ever asked for: no pickle is read, and no name that stands
 in a downloaded file becomes a path. What only the base model can tell (the basis, the modules) is checked on loading.
+
+Who made the files may mean harm. So sizes are looked at before anything of that size is made, and regular expressions are
+tried where they can be stopped.
 """
 
 import json
-from collections.abc import Iterator
+import re
+import subprocess
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from multiprocessing import spawn
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -26,14 +33,32 @@ from huggingface_hub.errors import (
 from peft import PeftConfig, PeftType
 
 from . import compact
-from .config import TinyLoraConfig
+from .config import TinyLoraConfig, shortened
 from .errors import AdapterFileError, ConfigError, HubError
 
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLE_FILE = "adapter_model.bin"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-MOST_CONFIG_BYTES = 100_000_000  # a fingerprint takes 14 bytes a module; more than this is no config
+MOST_CONFIG_BYTES = 30_000_000  # as JSON, 1 GB at worst; a fingerprint takes 14 bytes a module at r=2, 350 at r=64
+FLOATING = ("F64", "F32", "F16", "BF16")  # what v may be stored in, by safetensors' names
+MOST_PATTERN_CHARACTERS = 1_000_000
+MOST_PATTERN_SECONDS = 3
+
+# Reads [[., ., match or fullmatch, pattern], ...] and [name, ...]; says which pattern it is at, and what is wrong with it.
+TRY_PATTERNS = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for index, (*_, how, pattern) in enumerate(patterns):
+    print(index, flush=True)
+    try:
+        found = getattr(re.compile(pattern), how)
+    except (re.error, RecursionError, OverflowError) as error:
+        sys.exit(f"is no regular expression ({str(error)[:80]})")
+    for name in names:
+        found(name)
+"""
 
 
 def find_adapter(
@@ -55,26 +80,40 @@ def find_adapter(
         folder = Path(source, subfolder or "")
         for name in ADAPTER_FILES:
             if not (folder / name).is_file():
-                raise AdapterFileError(missing_file(folder, name, has_pickle=(folder / "adapter_model.bin").exists()))
+                raise AdapterFileError(missing_file(folder, name, has_pickle=(folder / PICKLE_FILE).exists()))
         return folder
-    paths = []
-    for name in ADAPTER_FILES:
-        with explained(source, revision):
-            try:
-                path = hf_hub_download(
-                    str(source),
-                    name,
-                    subfolder=subfolder,
-                    revision=revision,
-                    token=token,
-                    library_name="peft_tinylora",
-                )
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError as error:
-                raise AdapterFileError(missing_file(source, name, has_pickle=bool(paths))) from error
-        paths.append(Path(path))
-    return paths[0].parent
+    options = {"revision": revision, "subfolder": subfolder, "token": token}
+    _download(source, CONFIG_FILE, **options)
+    return _download(source, WEIGHTS_FILE, **options).parent
+
+
+def find_weights(source: str | Path, **options: Any) -> Path:
+    """The file of an adapter's weights where PEFT would find it, but never a pickle, which PEFT would read.
+
+    Args:
+        source (`str` or `Path`): folder, or id on the Hub.
+        **options: `revision`, `subfolder`, `token`, `local_files_only` and what else `hf_hub_download` takes.
+
+    Raises:
+        AdapterFileError, HubError: as [`find_adapter`].
+    """
+    folder = Path(source, options.get("subfolder") or "")
+    if (folder / WEIGHTS_FILE).is_file():
+        return folder / WEIGHTS_FILE
+    has_pickle = (folder / PICKLE_FILE).exists()
+    if has_pickle or (folder / CONFIG_FILE).is_file():
+        raise AdapterFileError(missing_file(folder, WEIGHTS_FILE, has_pickle))
+    return _download(source, WEIGHTS_FILE, **options)
+
+
+def _download(source: str | Path, name: str, **options: Any) -> Path:
+    with explained(source, options.get("revision")):
+        try:
+            return Path(hf_hub_download(str(source), name, **{"library_name": "peft_tinylora", **options}))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError as error:
+            raise AdapterFileError(missing_file(source, name, has_pickle=name == WEIGHTS_FILE)) from error
 
 
 def read_adapter(folder: Path) -> tuple[TinyLoraConfig, dict[str, torch.Tensor]]:
@@ -89,10 +128,11 @@ def read_adapter(folder: Path) -> tuple[TinyLoraConfig, dict[str, torch.Tensor]]
     """
     config = read_config(folder)
     try:
+        check_weights(folder / WEIGHTS_FILE, config)
         tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except (safetensors.SafetensorError, OSError) as error:
         raise AdapterFileError(
-            f"{folder / WEIGHTS_FILE} is cut short, damaged or no safetensors file ({error}): save or download it again."
+            f"{folder / WEIGHTS_FILE} is cut short, damaged or no safetensors file ({first_line(error)}): save or download it again."
         ) from error
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken or not any("tinylora_v" in name for name in tensors):
@@ -107,19 +147,118 @@ def read_adapter(folder: Path) -> tuple[TinyLoraConfig, dict[str, torch.Tensor]]
 def read_config(folder: Path) -> TinyLoraConfig:
     """The config of an adapter, read by PEFT once it is known to be one of TinyLoRA; raises as [`read_adapter`]."""
     path = folder / CONFIG_FILE
-    if path.stat().st_size > MOST_CONFIG_BYTES:
-        raise AdapterFileError(f"{path} takes {path.stat().st_size} bytes, and is no adapter's config.")
-    try:
-        fields = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise AdapterFileError(f"{path} is no JSON ({error}): save or download it again.") from error
-    kind = fields.get("peft_type") if isinstance(fields, dict) else None
+    kind = read_fields(path).get("peft_type")
     if kind != PeftType.TINYLORA.value:
         raise AdapterFileError(f"{path} is not of a TinyLoRA adapter: its peft_type is {str(kind)[:40]!r}.")
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, TinyLoraConfig):
         raise ConfigError("peft_tinylora is not registered: call peft_tinylora.register() first.")
     return config
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """The fields of an `adapter_config.json`, of whatever kind of adapter.
+
+    Raises:
+        AdapterFileError: if it is no JSON object, or too large or too deeply nested for one that describes an adapter.
+    """
+    size = Path(path).stat().st_size
+    if size > MOST_CONFIG_BYTES:
+        raise AdapterFileError(
+            f"{path} takes {size} bytes, and a config at most {MOST_CONFIG_BYTES}: it is none. Ask for the one it was saved with."
+        )
+    try:
+        fields = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is no JSON ({first_line(error)}): save or download it again.") from error
+    if not isinstance(fields, dict):
+        raise AdapterFileError(
+            f"{path} holds a {type(fields).__name__} and not the fields of a config: save or download it again."
+        )
+    return fields
+
+
+def check_weights(path: Path, config: TinyLoraConfig) -> None:
+    """Check v by the header of its file, before P, or anything else, is made of the size that the config says.
+
+    Raises:
+        AdapterFileError: if v is not of the shape that `config.u` says, or holds no numbers; names it.
+        SafetensorError: if the file is damaged.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        found = {name: file.get_slice(name) for name in file.keys() if "tinylora_v" in name}  # noqa: SIM118 - no dict
+        for name, vectors in found.items():
+            shape, dtype = tuple(vectors.get_shape()), vectors.get_dtype()
+            if name.endswith(compact.VECTORS):
+                compact.check_shape(config, shape)
+            elif shape != (config.u,):
+                short = name.removeprefix("base_model.model.").removeprefix("base_model.")[:80]
+                raise AdapterFileError(
+                    f"The adapter file does not fit its config, u={config.u}; tensors: 1 of the wrong shape ({short}: "
+                    f"{shape} instead of ({config.u},)). Nothing was loaded. Load the file with the config it was saved with."
+                )
+            if dtype not in FLOATING or 0 in shape:
+                raise AdapterFileError(
+                    f"{path}: {shortened(name)} of type {dtype} and shape {shape} holds no trained numbers: save or "
+                    "download it again."
+                )
+
+
+def check_patterns(config: TinyLoraConfig, names: Iterable[str]) -> None:
+    """Try the regular expressions of a config that was read from a file on the names of a model's modules.
+
+    Python's `re` cannot be told to give up, and a pattern of ten characters can keep it busy for years. So it is tried by
+    a process of its own, as PEFT will use it.
+
+    Raises:
+        AdapterFileError: if it is no regular expression, or takes too long; names the field.
+    """
+    if not config._from_file:
+        return
+    # A plain name is matched at once.
+    patterns = [row for row in _patterns(config) if not re.fullmatch(r"[\w.\\-]{0,200}", row[1])]
+    for field, pattern, _, _ in patterns:
+        if len(pattern) > MOST_PATTERN_CHARACTERS:
+            raise AdapterFileError(
+                f"{field}={shortened(pattern)} in adapter_config.json has {len(pattern)} characters, and at most "
+                f"{MOST_PATTERN_CHARACTERS} are tried. Name the modules in a list."
+            )
+    if not patterns:
+        return
+    command = [spawn.get_executable(), "-I", "-S", "-c", TRY_PATTERNS]
+    work = json.dumps([patterns, list(names)])
+    try:
+        done = subprocess.run(
+            command, input=work, capture_output=True, text=True, timeout=MOST_PATTERN_SECONDS, check=False
+        )
+        said, reached = done.stderr.strip(), done.stdout
+        problem = said.splitlines()[-1] if done.returncode else None
+    except subprocess.TimeoutExpired as error:
+        problem = f"takes more than {MOST_PATTERN_SECONDS} s to be matched with the names of this model's modules"
+        reached = (error.stdout or b"").decode()
+    if problem is not None:
+        field, pattern, _, _ = patterns[int((reached.split() or ["0"])[-1])]
+        raise AdapterFileError(
+            f"{field}={shortened(pattern)} in adapter_config.json {problem}. Nothing was loaded. Name the modules in a list, "
+            "or with a simpler pattern."
+        )
+
+
+def _patterns(config: TinyLoraConfig) -> Iterator[tuple[str, str, str, str]]:
+    """Field, pattern, method of `re` and what that gets, of all that PEFT or this package matches with names of modules."""
+    for field in ("target_modules", "exclude_modules"):
+        pattern = getattr(config, field)
+        if isinstance(pattern, str):
+            yield field, pattern, "fullmatch", pattern
+    if isinstance(config.tie, dict):
+        for pattern in config.tie.values():
+            yield "tie", pattern, "fullmatch", pattern
+    # PEFT puts these two into patterns of its own.
+    layers = config.layers_pattern or []
+    for pattern in [layers] if isinstance(layers, str) else layers:
+        yield "layers_pattern", pattern, "match", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
+    for pattern in config.modules_to_save or []:
+        yield "modules_to_save", pattern, "match", rf"(^|.*\.){pattern}($|\..*)"
 
 
 def packed_vectors(tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
@@ -132,7 +271,7 @@ def missing_file(source: str | Path, name: str, has_pickle: bool) -> str:
     """What to say where an adapter's file is not there."""
     if name == WEIGHTS_FILE and has_pickle:
         return (
-            f"{source} has no {WEIGHTS_FILE}. Weights that are pickled (adapter_model.bin) are not read, because a "
+            f"{source} has no {WEIGHTS_FILE}. Weights that are pickled ({PICKLE_FILE}) are not read, because a "
             "pickle can run code: ask for them as safetensors."
         )
     return f"{source} has no {name}: an adapter is a folder, or a repository on the Hub, with {' and '.join(ADAPTER_FILES)}."

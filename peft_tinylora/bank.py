@@ -206,7 +206,7 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
         if key not in tensors or others:
             reason = f"has more than v ({others[0]})" if others else "is not in the compact form"
             raise AdapterFileError(
-                f"{source} {reason}, and a bank holds v alone: convert it by `peft-tinylora convert --to compact`, or "
+                f"{source} {reason}, and a bank holds v alone: write it anew by `peft-tinylora export --to compact`, or "
                 "load it by model.load_adapter(...)."
             )
         saved = compact.fingerprint_of(config)

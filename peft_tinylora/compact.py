@@ -99,17 +99,22 @@ def unpack_vectors(config: PeftConfig, v: torch.Tensor, saved: Mapping[str, str]
     Raises:
         AdapterFileError: if the tensor does not fit the config, or is not the one that the fingerprint was saved with.
     """
-    if v.ndim != 2 or v.shape[1] != config.u:
-        raise AdapterFileError(
-            f"The adapter file does not fit its config: {VECTORS} has shape {tuple(v.shape)}, and u={config.u} asks for "
-            f"(groups, {config.u}). Nothing was loaded. Load the file with the config it was saved with."
-        )
+    check_shape(config, tuple(v.shape))
     if saved is not None and fingerprint.digest_of_tensor(v) != saved["v"]:
         raise AdapterFileError(
             "The numbers in the adapter file are not those that adapter_config.json was saved with. Nothing was "
             "loaded. Take both files from the same save, or download the adapter again."
         )
     return {f"{VECTORS}.{group}": numbers for group, numbers in enumerate(v)}
+
+
+def check_shape(config: PeftConfig, shape: tuple[int, ...]) -> None:
+    """Raise an [`AdapterFileError`] unless `shape`, that of the one tensor of a compact file, is (groups, u)."""
+    if len(shape) != 2 or shape[1] != config.u:
+        raise AdapterFileError(
+            f"The adapter file does not fit its config: {VECTORS} has shape {shape}, and u={config.u} asks for "
+            f"(groups, {config.u}). Nothing was loaded. Load the file with the config it was saved with."
+        )
 
 
 def rebuild_bases(

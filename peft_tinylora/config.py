@@ -23,6 +23,9 @@ TIES = ("none", "full", "tiled", "structured")
 SIGMAS = ("left", "split")
 BASES = ("base", "full-precision", "unchecked")
 SAVE_DTYPES = ("float32", "bfloat16")
+BIASES = ("none", "all", "tinylora_only")
+MOST_NUMBERS = 2**20  # r is at most the shorter side of a weight; nobody trains so many numbers in a group as u
+MOST_ENTRIES = 100_000  # of a list in a file; each is compared with each module of a model
 FORMAT_VERSION = 1  # of the compact file; docs/format.md
 
 OWN_FIELDS = (
@@ -184,8 +187,8 @@ class TinyLoraConfig(peft.TinyLoraConfig):
     def _read_compact_fields(self) -> None:
         if self.format_version is not None and self.format_version != FORMAT_VERSION:
             raise AdapterFileError(
-                f"format_version={self.format_version!r} in adapter_config.json: this version reads {FORMAT_VERSION}. The "
-                f"adapter was written by peft-tinylora {self.peft_tinylora_version}: pip install -U peft-tinylora."
+                f"format_version={shortened(self.format_version)} in adapter_config.json: this version reads {FORMAT_VERSION}. The "
+                f"adapter was written by peft-tinylora {str(self.peft_tinylora_version)[:40]}: pip install -U peft-tinylora."
             )
         ratio = self.weight_tying
         if isinstance(ratio, (int, float)) and ratio <= -1:
@@ -208,7 +211,7 @@ class TinyLoraConfig(peft.TinyLoraConfig):
         if self.sigma is None:
             self.sigma = "left"
         if self.sigma not in SIGMAS:
-            raise ConfigError(f"sigma={self.sigma!r}: allowed are 'left' (paper) and 'split' (PEFT).")
+            raise ConfigError(f"sigma={shortened(self.sigma)}: allowed are 'left' (paper) and 'split' (PEFT).")
 
     def to_dict(self) -> dict[str, Any]:
         """The config as a dictionary of what goes into `adapter_config.json`.
@@ -250,6 +253,11 @@ def check_types(config: TinyLoraConfig) -> None:
     """
     for name, (schema, hint) in _schemas().items():
         value = getattr(config, name)
+        if isinstance(value, (list, dict)) and len(value) > MOST_ENTRIES:
+            raise AdapterFileError(
+                f"{name} in adapter_config.json has {len(value)} entries, and at most {MOST_ENTRIES} are compared with a "
+                "model. Ask for the config that the adapter was saved with."
+            )
         try:
             validate_typed_dict(schema, {name: value})
         except StrictDataclassError as error:
@@ -279,10 +287,14 @@ def check_peft_fields(config: peft.TinyLoraConfig) -> None:
     Raises:
         ConfigError: names the field, the value and what is allowed.
     """
-    check_positive_integer("r", config.r)
-    check_positive_integer("u", config.u)
-    if isinstance(config.projection_seed, bool) or not isinstance(config.projection_seed, int):
-        raise ConfigError(f"projection_seed={config.projection_seed!r}: must be an integer.")
+    for name in ("r", "u"):
+        value = getattr(config, name)
+        check_positive_integer(name, value)
+        if value > MOST_NUMBERS:
+            raise ConfigError(f"{name}={shortened(value)}: must be {MOST_NUMBERS} at most.")
+    seed = config.projection_seed
+    if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+        raise ConfigError(f"projection_seed={shortened(seed)}: must be an integer of 64 bits.")
     ratio = config.weight_tying
     if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not 0.0 <= ratio <= 1.0:
         raise ConfigError(
@@ -291,8 +303,13 @@ def check_peft_fields(config: peft.TinyLoraConfig) -> None:
         )
     if not isinstance(config.init_weights, bool) and config.init_weights != "uniform":
         raise ConfigError(
-            f"init_weights={config.init_weights!r}: allowed are True (zeros), 'uniform' and False (both random)."
+            f"init_weights={shortened(config.init_weights)}: allowed are True (zeros), 'uniform' and False (both random)."
         )
+    if config.bias not in BIASES:
+        raise ConfigError(f"bias={shortened(config.bias)}: allowed are {', '.join(map(repr, BIASES))}.")
+    dropout = config.tinylora_dropout
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ConfigError(f"tinylora_dropout={shortened(dropout)}: must be a number from 0 to 1.")
     bound = config.init_v_bound
     if isinstance(bound, bool) or not isinstance(bound, (int, float)) or not (math.isfinite(bound) and bound >= 0):
         raise ConfigError(f"init_v_bound={bound!r}: must be a finite number, 0 or more.")
@@ -309,7 +326,13 @@ def check_own_fields(config: TinyLoraConfig) -> None:
     for name, allowed in (("basis", BASES), ("save_dtype", SAVE_DTYPES)):
         value = getattr(config, name)
         if value is not None and value not in allowed:
-            raise ConfigError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}.")
+            raise ConfigError(f"{name}={shortened(value)}: allowed are {', '.join(map(repr, allowed))}.")
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str) and not config._from_file:
+        # As LoraConfig does. PEFT would leave the layers out of account, and not when the adapter is loaded again.
+        raise ConfigError(
+            f"target_modules={config.target_modules!r} with layers_to_transform={config.layers_to_transform}: name the "
+            "modules in a list, such as ['q_proj', 'v_proj']."
+        )
     if config.basis_repo is not None:
         try:
             validate_repo_id(config.basis_repo)
@@ -328,11 +351,11 @@ def check_tie(tie: Any, n_tie: Any) -> None:
     if isinstance(tie, Mapping):
         if not tie or not all(isinstance(text, str) for pair in tie.items() for text in pair):
             raise ConfigError(
-                f"tie={dict(tie)!r}: a mapping needs group names with a pattern each, all of them strings."
+                f"tie={shortened(dict(tie))}: a mapping needs group names with a pattern each, all of them strings."
             )
     elif tie not in TIES:
         raise ConfigError(
-            f"tie={tie!r}: allowed are {', '.join(map(repr, TIES))}, or a mapping of group name to pattern."
+            f"tie={shortened(tie)}: allowed are {', '.join(map(repr, TIES))}, or a mapping of group name to pattern."
         )
     if n_tie is not None:
         check_positive_integer("n_tie", n_tie)
@@ -345,4 +368,4 @@ def check_tie(tie: Any, n_tie: Any) -> None:
 def check_positive_integer(name: str, value: Any) -> None:
     """Raise a [`ConfigError`] that names the field unless `value` is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {value!r}")
+        raise ConfigError(f"`{name}` should be a positive integer value but the value passed is {shortened(value)}")

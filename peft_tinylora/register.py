@@ -7,6 +7,9 @@ transformers' own methods (`model.add_adapter`, `model.load_adapter`) need two m
 tuners with shared state and they load tensors past PEFT: `peft.inject_adapter_in_model`, a name that transformers
 imports at each call, and `load_adapter` itself, after which the loaded tensors are checked. PEFT's own `load_adapter` is
 wrapped too: it passes the tensors of a file on without the config beside them, which says what they belong to.
+
+An adapter of the Hub may be anybody's. So what loads one is wrapped once more, to look at the files before PEFT does:
+`PeftModel.from_pretrained`, after whose failure the base model is as before, and `PeftConfig.from_json_file`.
 """
 
 import functools
@@ -14,17 +17,22 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import peft
+import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download
 from packaging.version import Version
+from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
+from .adapter_files import check_patterns, check_weights, find_weights, read_fields
 from .checkpoint import check_loaded, damaged_file, unpack_file
 from .config import TinyLoraConfig
 from .errors import ConfigError, TinyLoraError
@@ -56,11 +64,15 @@ def register() -> None:
     _in_place_of["inject"] = peft.inject_adapter_in_model
     _in_place_of["load"] = PreTrainedModel.load_adapter
     _in_place_of["peft_load"] = peft.PeftModel.load_adapter
+    _in_place_of["from_pretrained"] = vars(peft.PeftModel)["from_pretrained"]
+    _in_place_of["from_json_file"] = vars(PeftConfigMixin)["from_json_file"]
     PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.TINYLORA] = TinyLoraConfig
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.TINYLORA] = TinyLoraModel
     peft.inject_adapter_in_model = _inject_adapter_in_model
     PreTrainedModel.load_adapter = _load_adapter
     peft.PeftModel.load_adapter = _load_adapter_of_peft
+    peft.PeftModel.from_pretrained = classmethod(_from_pretrained)
+    PeftConfigMixin.from_json_file = classmethod(_from_json_file)
 
 
 def unregister() -> None:
@@ -72,6 +84,8 @@ def unregister() -> None:
     peft.inject_adapter_in_model = _in_place_of["inject"]
     PreTrainedModel.load_adapter = _in_place_of["load"]
     peft.PeftModel.load_adapter = _in_place_of["peft_load"]
+    peft.PeftModel.from_pretrained = _in_place_of["from_pretrained"]
+    PeftConfigMixin.from_json_file = _in_place_of["from_json_file"]
     _in_place_of.clear()
 
 
@@ -95,18 +109,103 @@ def _inject_adapter_in_model(
     return TinyLoraModel(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict).model
 
 
+@functools.wraps(PeftConfigMixin.from_json_file.__func__)
+def _from_json_file(cls: type[peft.PeftConfig], path_json_file: str, **kwargs: Any) -> dict[str, Any]:
+    read_fields(path_json_file)
+    return _in_place_of["from_json_file"].__func__(cls, path_json_file, **kwargs)
+
+
+@functools.wraps(peft.PeftModel.from_pretrained.__func__)
+def _from_pretrained(cls: type[peft.PeftModel], model: nn.Module, model_id: str, *args: Any, **kwargs: Any) -> Any:
+    original = _in_place_of["from_pretrained"].__func__
+    arguments = inspect.signature(original).bind(cls, model, model_id, *args, **kwargs).arguments
+    options = _hub_options(arguments.get("kwargs", {}))
+    config = arguments.get("config") or _saved_config(model_id, options)
+    if not isinstance(config, TinyLoraConfig):
+        return original(cls, model, model_id, *args, **kwargs)
+    _check_files(model, config, model_id, options)
+    with _as_before_if_it_fails(model):
+        return original(cls, model, model_id, *args, **kwargs)
+
+
 @functools.wraps(peft.PeftModel.load_adapter)
 def _load_adapter_of_peft(self: peft.PeftModel, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     tuner = self.base_model
     if not isinstance(tuner, TinyLoraModel):
         return _in_place_of["peft_load"](self, model_id, adapter_name, *args, **kwargs)
-    with tuner.loading_file(adapter_name, _saved_config(model_id, kwargs)):
-        return _in_place_of["peft_load"](self, model_id, adapter_name, *args, **kwargs)
+    options = _hub_options(kwargs)
+    config, was_there = _saved_config(model_id, options), adapter_name in self.peft_config
+    try:
+        with tuner.loading_file(adapter_name, config):
+            # One that is there already has its own config, by which the file's modules are not looked for.
+            own = self.peft_config[adapter_name] if was_there else config
+            if isinstance(own, TinyLoraConfig):
+                _check_files(tuner.model, own, model_id, options)
+            return _in_place_of["peft_load"](self, model_id, adapter_name, *args, **kwargs)
+    except Exception:
+        if not was_there:
+            _forget_second(self, adapter_name)
+        raise
+
+
+def _forget_second(model: peft.PeftModel, adapter_name: str) -> None:
+    """Drop what an adapter that could not be added beside others left behind, wherever that failed."""
+    if adapter_name in model.peft_config:
+        model.delete_adapter(adapter_name)
+    for layer in (module for module in model.modules() if isinstance(module, TinyLoraLayer)):
+        layer.forget(adapter_name)
+    vectors = model.base_model.tinylora_v
+    vectors.forget_adapter(adapter_name)
+    if adapter_name in vectors:
+        del vectors[adapter_name]
+
+
+def _check_files(model: nn.Module, config: TinyLoraConfig, source: str, options: Mapping[str, Any]) -> Path:
+    """The file of an adapter's weights, once it and the config are known to cost nothing out of the way."""
+    path = find_weights(source, **options)
+    try:
+        check_weights(path, config)
+    except SafetensorError as error:
+        raise damaged_file(error) from error
+    check_patterns(config, [name for name, _ in model.named_modules()])
+    return path
+
+
+@contextmanager
+def _as_before_if_it_fails(model: nn.Module) -> Iterator[None]:
+    """Take the layers of a tuner, if there were none before, out of a model again after an error in between."""
+    wrappers = (TinyLoraLayer, AuxiliaryTrainingWrapper)
+    was_wrapped = any(isinstance(module, wrappers) for module in model.modules())
+    before = {*vars(model), *model._modules}
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except Exception:
+        if not was_wrapped:
+            for name, module in list(model.named_modules()):
+                if isinstance(module, wrappers) and not name.rpartition(".")[0].endswith("base_layer"):
+                    model.set_submodule(name, _unwrapped(module, wrappers))
+            for name in {"peft_config", "tinylora_v", "_hf_peft_config_loaded"} - before:
+                if name in vars(model) or name in model._modules:
+                    delattr(model, name)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad = requires_grad
+        raise
+
+
+def _unwrapped(module: nn.Module, wrappers: tuple[type, ...]) -> nn.Module:
+    while isinstance(module, wrappers):  # several parameters of one module, or also tokens of an embedding
+        module = module.base_layer if isinstance(module, TinyLoraLayer) else module.original_module
+    return module
+
+
+def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the options that a download takes."""
+    return {name: value for name, value in options.items() if name in HUB_OPTIONS and value is not None}
 
 
 def _saved_config(model_id: str, options: Mapping[str, Any]) -> peft.PeftConfig | None:
     """The config beside an adapter's file; `None` where there is none to be read, of which PEFT has its own to say."""
-    options = {name: value for name, value in options.items() if name in HUB_OPTIONS and value is not None}
     try:
         return peft.PeftConfig.from_pretrained(model_id, **options)
     except TinyLoraError:
@@ -121,16 +220,17 @@ def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     bound = inspect.signature(_in_place_of["load"]).bind(self, *args, **kwargs)
     _unpack_file(self, bound.arguments)
     is_unpacked = isinstance(bound.arguments.get("peft_config"), TinyLoraConfig)
-    try:
-        with _without_report() if is_unpacked else nullcontext():
-            loading_info = _in_place_of["load"](*bound.args, **bound.kwargs)
-        for name in _tinylora_adapters(self) - before:
-            keys = {*loading_info.missing_keys, *loading_info.unexpected_keys}
-            check_loaded(self, self.peft_config[name], name, keys)
-    except Exception:
-        for name in _tinylora_adapters(self) - before:
-            _take_back(self, name)
-        raise
+    with _as_before_if_it_fails(self) if is_unpacked else nullcontext():
+        try:
+            with _without_report() if is_unpacked else nullcontext():
+                loading_info = _in_place_of["load"](*bound.args, **bound.kwargs)
+            for name in _tinylora_adapters(self) - before:
+                keys = {*loading_info.missing_keys, *loading_info.unexpected_keys}
+                check_loaded(self, self.peft_config[name], name, keys)
+        except Exception:
+            for name in _tinylora_adapters(self) - before:
+                _take_back(self, name)
+            raise
     return loading_info
 
 
@@ -159,14 +259,14 @@ def _unpack_file(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     options["local_files_only"] = arguments.get("local_files_only", False) or options.get("local_files_only", False)
     config, tensors = arguments.get("peft_config"), arguments.get("adapter_state_dict")
     if config is None and folder is not None:
-        config = _saved_config(folder, options)
+        config = _saved_config(folder, _hub_options(options))
     if not isinstance(config, TinyLoraConfig) or not config.uses_paper_conventions:
-        return
+        return  # of TinyLoRA, it is refused before its weights are read
     arguments["peft_config"] = config
     if tensors is None:
-        options = {name: value for name, value in options.items() if name in HUB_OPTIONS and value is not None}
+        path = _check_files(model, config, folder, _hub_options(options))
         try:
-            tensors = peft.load_peft_weights(folder, device="cpu", **options)
+            tensors = safetensors.torch.load_file(path)
         except SafetensorError as error:
             raise damaged_file(error) from error
         arguments["peft_model_id"] = (

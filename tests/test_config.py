@@ -58,6 +58,11 @@ def test_a_field_of_ours_translates_weight_tying(weight_tying: float, tie: str) 
         ({"weight_tying": -1.0}, r"weight_tying.*-1\.0"),
         ({"init_weights": "bogus"}, r"init_weights='bogus': allowed are"),
         ({"init_v_bound": -1}, r"init_v_bound=-1: must be a finite number, 0 or more"),
+        ({"basis_repo": "../up"}, r"basis_repo='\.\./up': must be the id of a repository on the Hub"),
+        (
+            {"target_modules": "all-linear", "layers_to_transform": [1], "tie": "full"},
+            r"target_modules='all-linear' with layers_to_transform=\[1\]: name the modules in a list",
+        ),
     ],
 )
 def test_bad_value_is_refused_by_name(fields: dict, message: str) -> None:

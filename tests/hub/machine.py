@@ -10,7 +10,7 @@ from typing import Any
 
 WORKER = """
 import contextlib, io, json, sys, time, traceback
-waits, sleep = [], time.sleep
+waits, sleep, space = [], time.sleep, {}
 def short_sleep(seconds):
     waits.append(seconds)
     sleep(min(seconds, 0.01))
@@ -22,7 +22,7 @@ for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            status = cli.main(job) if isinstance(job, list) else exec(job, {}) or 0
+            status = cli.main(job) if isinstance(job, list) else exec(job, space) or 0
         except SystemExit as stop:
             status = stop.code
         except Exception:
@@ -86,7 +86,7 @@ class Machine:
         return self.finish()
 
     def script(self, code: str) -> str:
-        """Run Python and return what it printed."""
+        """Run Python, which finds what earlier scripts left, and return what it printed."""
         self.start(code)
         done = self.finish()
         assert done.status == 0, done.stderr
