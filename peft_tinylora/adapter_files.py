@@ -10,7 +10,7 @@ tried where they can be stopped.
 import json
 import re
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import spawn
 from pathlib import Path
@@ -43,6 +43,7 @@ PICKLE_FILE = "adapter_model.bin"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 MOST_CONFIG_BYTES = 30_000_000  # as JSON, 1 GB at worst; a fingerprint takes 14 bytes a module at r=2, 350 at r=64
 FLOATING = ("F64", "F32", "F16", "BF16")  # what v may be stored in, by safetensors' names
+MOST_NAMES = 1000  # in a list of the config, or as many as the model has modules: PEFT compares each with each
 MOST_PATTERN_CHARACTERS = 1_000_000
 MOST_PATTERN_SECONDS = 3
 
@@ -80,7 +81,7 @@ def find_adapter(
         folder = Path(source, subfolder or "")
         for name in ADAPTER_FILES:
             if not (folder / name).is_file():
-                raise AdapterFileError(missing_file(folder, name, has_pickle=(folder / PICKLE_FILE).exists()))
+                raise AdapterFileError(missing_file(folder, name))
         return folder
     options = {"revision": revision, "subfolder": subfolder, "token": token}
     _download(source, CONFIG_FILE, **options)
@@ -100,9 +101,8 @@ def find_weights(source: str | Path, **options: Any) -> Path:
     folder = Path(source, options.get("subfolder") or "")
     if (folder / WEIGHTS_FILE).is_file():
         return folder / WEIGHTS_FILE
-    has_pickle = (folder / PICKLE_FILE).exists()
-    if has_pickle or (folder / CONFIG_FILE).is_file():
-        raise AdapterFileError(missing_file(folder, WEIGHTS_FILE, has_pickle))
+    if (folder / PICKLE_FILE).exists() or (folder / CONFIG_FILE).is_file():
+        raise AdapterFileError(missing_file(folder, WEIGHTS_FILE))
     return _download(source, WEIGHTS_FILE, **options)
 
 
@@ -113,7 +113,7 @@ def _download(source: str | Path, name: str, **options: Any) -> Path:
         except LocalEntryNotFoundError:
             raise
         except EntryNotFoundError as error:
-            raise AdapterFileError(missing_file(source, name, has_pickle=name == WEIGHTS_FILE)) from error
+            raise AdapterFileError(missing_file(source, name)) from error
 
 
 def read_adapter(folder: Path) -> tuple[TinyLoraConfig, dict[str, torch.Tensor]]:
@@ -132,13 +132,14 @@ def read_adapter(folder: Path) -> tuple[TinyLoraConfig, dict[str, torch.Tensor]]
         tensors = safetensors.torch.load_file(folder / WEIGHTS_FILE)
     except (safetensors.SafetensorError, OSError) as error:
         raise AdapterFileError(
-            f"{folder / WEIGHTS_FILE} is cut short, damaged or no safetensors file ({first_line(error)}): save or download it again."
+            f"{folder / WEIGHTS_FILE} is cut short, damaged or no safetensors file ({first_line(error)[:200]}): save or "
+            "download it again."
         ) from error
-    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if broken or not any("tinylora_v" in name for name in tensors):
-        what = f"holds NaN or Inf in {broken[0]}" if broken else "holds no trained numbers (tinylora_v)"
-        raise AdapterFileError(f"{folder / WEIGHTS_FILE} {what}: save or download it again.")
     packed = packed_vectors(tensors)
+    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not is_finite(tensor)]
+    if broken or (packed is None and not any(f".{compact.VECTORS}." in name for name in tensors)):
+        what = f"holds NaN or Inf in {shortened(broken[0])}" if broken else "holds no trained numbers (tinylora_v)"
+        raise AdapterFileError(f"{folder / WEIGHTS_FILE} {what}: save or download it again.")
     if packed is not None:
         compact.unpack_vectors(config, packed, compact.fingerprint_of(config))
     return config, tensors
@@ -165,7 +166,8 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     size = Path(path).stat().st_size
     if size > MOST_CONFIG_BYTES:
         raise AdapterFileError(
-            f"{path} takes {size} bytes, and a config at most {MOST_CONFIG_BYTES}: it is none. Ask for the one it was saved with."
+            f"{path} takes {size} bytes, and a config at most {MOST_CONFIG_BYTES}: ask for the one that the adapter was "
+            "saved with."
         )
     try:
         fields = json.loads(Path(path).read_bytes())
@@ -178,43 +180,68 @@ def read_fields(path: str | Path) -> dict[str, Any]:
     return fields
 
 
-def check_weights(path: Path, config: TinyLoraConfig) -> None:
+def check_weights(path: Path, config: TinyLoraConfig) -> dict[str, tuple[int, ...]]:
     """Check v by the header of its file, before P, or anything else, is made of the size that the config says.
+
+    Returns:
+        `dict[str, tuple[int, ...]]`: the shape of every tensor in the file.
 
     Raises:
         AdapterFileError: if v is not of the shape that `config.u` says, or holds no numbers; names it.
         SafetensorError: if the file is damaged.
     """
     with safetensors.safe_open(path, framework="pt") as file:
-        found = {name: file.get_slice(name) for name in file.keys() if "tinylora_v" in name}  # noqa: SIM118 - no dict
-        for name, vectors in found.items():
-            shape, dtype = tuple(vectors.get_shape()), vectors.get_dtype()
+        found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - it is no dict
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in found.items()}
+        for name, shape in ((name, shape) for name, shape in shapes.items() if compact.VECTORS in name):
+            dtype = found[name].get_dtype()
             if name.endswith(compact.VECTORS):
                 compact.check_shape(config, shape)
             elif shape != (config.u,):
                 short = name.removeprefix("base_model.model.").removeprefix("base_model.")[:80]
                 raise AdapterFileError(
                     f"The adapter file does not fit its config, u={config.u}; tensors: 1 of the wrong shape ({short}: "
-                    f"{shape} instead of ({config.u},)). Nothing was loaded. Load the file with the config it was saved with."
+                    f"{shape} instead of ({config.u},)). Nothing was loaded. Load it with the config it was saved with."
                 )
             if dtype not in FLOATING or 0 in shape:
                 raise AdapterFileError(
                     f"{path}: {shortened(name)} of type {dtype} and shape {shape} holds no trained numbers: save or "
                     "download it again."
                 )
+    return shapes
 
 
-def check_patterns(config: TinyLoraConfig, names: Iterable[str]) -> None:
-    """Try the regular expressions of a config that was read from a file on the names of a model's modules.
+def check_names(config: TinyLoraConfig, names: Sequence[str]) -> None:
+    """Check that names and patterns of a config that was read from a file can be looked for in a model within seconds.
 
-    Python's `re` cannot be told to give up, and a pattern of ten characters can keep it busy for years. So it is tried by
-    a process of its own, as PEFT will use it.
+    Python's `re` cannot be told to give up, and a pattern of ten characters can keep it busy for years. So patterns are
+    tried by a process of its own, as PEFT will use them.
+
+    Args:
+        config ([`TinyLoraConfig`]): the adapter's.
+        names (`Sequence[str]`): of the model's modules.
 
     Raises:
-        AdapterFileError: if it is no regular expression, or takes too long; names the field.
+        AdapterFileError: if a list is far longer than the model, or a pattern is no regular expression, or takes too long;
+            names the field.
     """
     if not config._from_file:
         return
+    most = max(MOST_NAMES, len(names))
+    for field in (
+        "target_modules",
+        "exclude_modules",
+        "target_parameters",
+        "modules_to_save",
+        "layers_pattern",
+        "tie",
+    ):
+        value = getattr(config, field)
+        if not isinstance(value, (str, type(None))) and len(value) > most:
+            raise AdapterFileError(
+                f"{field} in adapter_config.json has {len(value)} entries, and this model has {len(names)} modules. Nothing "
+                "was loaded. Load the file with the config it was saved with."
+            )
     # A plain name is matched at once.
     patterns = [row for row in _patterns(config) if not re.fullmatch(r"[\w.\\-]{0,200}", row[1])]
     for field, pattern, _, _ in patterns:
@@ -226,7 +253,7 @@ def check_patterns(config: TinyLoraConfig, names: Iterable[str]) -> None:
     if not patterns:
         return
     command = [spawn.get_executable(), "-I", "-S", "-c", TRY_PATTERNS]
-    work = json.dumps([patterns, list(names)])
+    work = json.dumps([patterns, names])
     try:
         done = subprocess.run(
             command, input=work, capture_output=True, text=True, timeout=MOST_PATTERN_SECONDS, check=False
@@ -239,13 +266,13 @@ def check_patterns(config: TinyLoraConfig, names: Iterable[str]) -> None:
     if problem is not None:
         field, pattern, _, _ = patterns[int((reached.split() or ["0"])[-1])]
         raise AdapterFileError(
-            f"{field}={shortened(pattern)} in adapter_config.json {problem}. Nothing was loaded. Name the modules in a list, "
-            "or with a simpler pattern."
+            f"{field}={shortened(pattern)} in adapter_config.json {problem}. Nothing was loaded. Name the modules in a "
+            "list, or with a simpler pattern."
         )
 
 
 def _patterns(config: TinyLoraConfig) -> Iterator[tuple[str, str, str, str]]:
-    """Field, pattern, method of `re` and what that gets, of all that PEFT or this package matches with names of modules."""
+    """Field, pattern, method of `re` and what that gets, of all that is matched with the names of modules."""
     for field in ("target_modules", "exclude_modules"):
         pattern = getattr(config, field)
         if isinstance(pattern, str):
@@ -261,15 +288,23 @@ def _patterns(config: TinyLoraConfig) -> Iterator[tuple[str, str, str, str]]:
         yield "modules_to_save", pattern, "match", rf"(^|.*\.){pattern}($|\..*)"
 
 
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of any floating dtype has no NaN and no Inf."""
+    try:
+        return bool((tensor if tensor.element_size() > 1 else tensor.float()).isfinite().all())
+    except NotImplementedError:
+        return True  # of 4 bits, which have neither
+
+
 def packed_vectors(tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
     """The one tensor (groups, u) of a compact file; `None` for a portable one."""
     names = (f"base_model.{compact.VECTORS}", f"base_model.model.{compact.VECTORS}")
     return next((tensors[name] for name in names if name in tensors), None)
 
 
-def missing_file(source: str | Path, name: str, has_pickle: bool) -> str:
+def missing_file(source: str | Path, name: str) -> str:
     """What to say where an adapter's file is not there."""
-    if name == WEIGHTS_FILE and has_pickle:
+    if name == WEIGHTS_FILE:
         return (
             f"{source} has no {WEIGHTS_FILE}. Weights that are pickled ({PICKLE_FILE}) are not read, because a "
             "pickle can run code: ask for them as safetensors."

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from peft import PeftConfig, load_peft_weights
+from peft import PeftConfig
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 from tqdm import tqdm
 
 from . import compact
+from .adapter_files import check_weights, find_weights
 from .checkpoint import damaged_file
 from .config import TinyLoraConfig
 from .errors import AdapterFileError, BasisMismatchError, ConfigError
@@ -197,14 +199,16 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
         config = PeftConfig.from_pretrained(str(source), **options)
         if not isinstance(config, TinyLoraConfig):
             raise AdapterFileError(f"{source} is a {config.peft_type.value} adapter, and a bank holds TinyLoRA.")
+        path = find_weights(source, **options)
         try:
-            tensors = load_peft_weights(str(source), device="cpu", **options)
+            check_weights(path, config)
+            tensors = load_file(path)
         except SafetensorError as error:
             raise damaged_file(error) from error
         key = f"base_model.{compact.VECTORS}"
         others = [name for name in tensors if "tinylora_" not in name]
         if key not in tensors or others:
-            reason = f"has more than v ({others[0]})" if others else "is not in the compact form"
+            reason = f"has more than v ({others[0][:100]})" if others else "is not in the compact form"
             raise AdapterFileError(
                 f"{source} {reason}, and a bank holds v alone: write it anew by `peft-tinylora export --to compact`, or "
                 "load it by model.load_adapter(...)."

@@ -4,6 +4,8 @@ The template, `card_template.md`, lies in this package, because a wheel holds pa
 must be able to write its card too; `model_cards/` links to it. Nothing of a card is written by hand.
 """
 
+import hashlib
+import json
 import os
 import platform
 import re
@@ -11,21 +13,32 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, ModelCardData, eval_result_entries_to_yaml
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    get_token,
+)
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import TaskType
 
 from .describe import MOST_SHOWN, Description
+from .errors import AdapterFileError
+from .fingerprint import digest_of_tensor
 
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
-TAG = "peft_tinylora"  # of every card that is made here
 LIBRARIES = ("peft-tinylora", "peft", "trl", "transformers", "torch", "accelerate", "datasets", "bitsandbytes")
 PIPELINES = {
     TaskType.CAUSAL_LM: "text-generation",
@@ -40,8 +53,14 @@ LOADING = {
     "bnb 4bit fp4": 'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4")',
     "bnb 8bit": "BitsAndBytesConfig(load_in_8bit=True)",
 }
-# Not every token is one: `eos_token`, `max_new_tokens`.
-SECRET = re.compile(r"(hub|hf|auth|access|api)_?token$|secret|password|api_?key", re.IGNORECASE)
+FACTS_FILE = ".card.json"
+EMPTY_FIELD = "[More Information Needed]"  # PEFT's card has some thirty of these
+# Names of what must not be published, but not those of a tokenizer's special tokens.
+SECRET = re.compile(
+    r"(^|_)(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(token|key|pat|secret|password)$",
+    re.IGNORECASE,
+)
+A_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 HIDDEN = "HIDDEN"
 
 
@@ -71,13 +90,12 @@ class Evaluation:
     """What was measured before and after training.
 
     Args:
-        dataset (`str`): id or file of the held-out problems.
+        dataset (`str`): id or file of the held-out problems, or in words what they are.
         config, split (`str`, *optional*): of a dataset on the Hub.
         problems (`int`): how many were scored.
         before, after (`dict[str, float]`): accuracy, 0 to 1, by way of decoding: "greedy" and "sampled".
-        score_again (`str`, *optional*): the command that measures `after` again.
+        score_options (`str`, *optional*): options of score.py, besides the adapter, that measure `after` again.
         is_whole (`bool`): whether all problems of the dataset were scored.
-        date (`str`): year-month-day.
     """
 
     dataset: str
@@ -86,46 +104,61 @@ class Evaluation:
     after: dict[str, float]
     config: str | None = None
     split: str | None = None
-    score_again: str | None = None
+    score_options: str | None = None
     is_whole: bool = True
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says beyond the adapter's files; kept beside them, so that the card can be made for another place.
+
+    Args:
+        training ([`Training`], *optional*): how it was trained; without it the card says that it does not know.
+        evaluation ([`Evaluation`], *optional*): what was measured.
+        prompt (`str` or `list[dict]`): for the lines that try it, a text or chat messages.
+        max_new_tokens (`int`): for these lines.
+        made_on, date, commit, versions: the machine, the day, the commit of this package, and the libraries.
+    """
+
+    training: Training | None = None
+    evaluation: Evaluation | None = None
+    prompt: str | list[dict[str, str]] = "YOUR PROMPT"
+    max_new_tokens: int = 100
+    made_on: str = field(default_factory=lambda: hardware())
     date: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
+    commit: str | None = field(default_factory=lambda: commit())
+    versions: dict[str, str] = field(default_factory=lambda: versions())
 
 
 def make_card(
-    adapter: Description,
-    place: str,
-    training: Training | None = None,
-    evaluation: Evaluation | None = None,
-    prompt: str | list[dict[str, str]] = "YOUR PROMPT",
-    max_new_tokens: int = 100,
+    adapter: Description, place: str, facts: Facts, base: str | None = None, revision: str | None = None
 ) -> ModelCard:
     """The card of an adapter.
 
     Args:
         adapter ([`Description`]): the adapter, as saved.
         place (`str`): where it is loaded from, the id of its repository or its folder.
-        training ([`Training`], *optional*): how it was trained; without it the card says that it does not know.
-        evaluation ([`Evaluation`], *optional*): what was measured.
-        prompt (`str` or `list[dict]`): for the lines that try it, a text or chat messages.
-        max_new_tokens (`int`): for these lines.
+        facts ([`Facts`]): what the files do not say.
+        base (`str`, *optional*): Hub id of the base model, in place of the one that its config names.
+        revision (`str`, *optional*): branch of the repository, other than main.
     """
-    base = adapter.config.base_model_name_or_path
-    on_hub = base is not None and not Path(base).exists()
+    config, training, evaluation = adapter.config, facts.training, facts.evaluation
+    base = base or config.base_model_name_or_path
+    on_hub = base is not None and is_hub_id(base)
     datasets = [] if training is None else training.datasets
-    name = Path(place).name
-    call = f"{prompt!r}, do_sample=False, max_new_tokens={max_new_tokens}"
+    name = Path(place).resolve().name if Path(place).exists() else place.rpartition("/")[2]
     data = ModelCardData(
         model_name=name,
         base_model=base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
         library_name="peft",
-        pipeline_tag=PIPELINES.get(adapter.config.task_type),
-        datasets=[dataset for dataset in datasets if not Path(dataset).exists()] or None,
+        pipeline_tag=PIPELINES.get(config.task_type),
+        datasets=[dataset for dataset in datasets if is_hub_id(dataset)] or None,
         tags=[
             *([f"base_model:adapter:{base}"] if on_hub else []),
             "transformers",
             "tinylora",
-            TAG,
+            "peft_tinylora",
             *(["trl", training.method.lower()] if training is not None else []),
         ],
         eval_results=None if evaluation is None else model_index(evaluation),
@@ -135,26 +168,27 @@ def make_card(
         template_path=str(TEMPLATE),
         name=name,
         place=place,
-        base=relative(base) if base is not None else "a model that its config does not name",
+        revision=revision,
+        base=base,
+        base_shown=relative(base) if base is not None else "a model that its config does not name",
+        base_revision=config.revision,
         adapter=adapter,
         most_shown=MOST_SHOWN,
+        facts=facts,
         training=training,
         datasets=[relative(dataset) for dataset in datasets],
         evaluation=evaluation,
         eval_dataset=None if evaluation is None else relative(evaluation.dataset),
-        call=call,
-        generates=adapter.config.task_type == TaskType.CAUSAL_LM,
+        call=f"{facts.prompt!r}, do_sample=False, max_new_tokens={facts.max_new_tokens}",
+        generates=config.task_type == TaskType.CAUSAL_LM,
         loading=LOADING.get(adapter.weights),
-        versions=versions(),
-        hardware=hardware(),
-        commit=commit(),
-        date=datetime.now(UTC).date().isoformat(),
+        quote=shlex.quote,
     )
 
 
 def model_index(evaluation: Evaluation) -> list[EvalResult]:
     """The results for the metadata of the card."""
-    on_hub = not Path(evaluation.dataset).exists()
+    on_hub = is_hub_id(evaluation.dataset)
     return [
         EvalResult(
             task_type="text-generation",
@@ -170,67 +204,86 @@ def model_index(evaluation: Evaluation) -> list[EvalResult]:
     ]
 
 
-def eval_result_files(evaluation: Evaluation) -> dict[str, str]:
-    """The results as the Hub's leaderboards read them: name of the file -> YAML, one for each way of decoding.
+def eval_result_files(facts: Facts) -> dict[str, str]:
+    """The result as the Hub's leaderboards read it: name of the file -> YAML, with a percentage as other entries have.
 
-    Empty where the problems are no dataset of the Hub. Values are percentages, as other entries are.
+    Only of greedy decoding on the whole of a dataset of the Hub: a leaderboard does not tell a part from the whole.
     """
-    if Path(evaluation.dataset).exists():
+    evaluation = facts.evaluation
+    if evaluation is None or not (evaluation.is_whole and is_hub_id(evaluation.dataset)):
         return {}
-    name = evaluation.dataset.rpartition("/")[2]
-    files = {}
-    for decoding, value in evaluation.after.items():
-        part = "" if evaluation.is_whole else f", the first {evaluation.problems} problems"
-        entry = EvalResultEntry(
-            dataset_id=evaluation.dataset,
-            task_id=evaluation.config or "default",
-            value=round(100 * value, 2),
-            date=evaluation.date,
-            notes=f"{decoding}, split {evaluation.split}, exact match of the marked answer{part}",
+    entry = EvalResultEntry(
+        dataset_id=evaluation.dataset,
+        task_id=evaluation.config or "default",
+        value=round(100 * evaluation.after["greedy"], 2),
+        date=facts.date,
+        notes=f"greedy, split {evaluation.split}, {evaluation.problems} problems, exact match of the marked answer",
+    )
+    name = f".eval_results/peft_tinylora_{evaluation.dataset.rpartition('/')[2]}.yaml"
+    return {name: yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)}
+
+
+def write_card(folder: Path, adapter: Description, place: str, facts: Facts, base: str | None = None) -> ModelCard:
+    """Write README.md, and beside it what [`read_facts`] reads; see [`make_card`]."""
+    card = make_card(adapter, place, facts, base)
+    kept = {"v": digest_of_tensor(adapter.vectors), "readme": digest(str(card)), "facts": asdict(facts)}
+    for name, text in ((FACTS_FILE, json.dumps(kept, indent=1, default=str)), ("README.md", str(card))):
+        temporary = folder / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
+    return card
+
+
+def read_facts(folder: Path, adapter: Description) -> Facts | None:
+    """What [`write_card`] kept of a card; `None` where README.md is somebody else's, or was edited since.
+
+    Raises:
+        AdapterFileError: if the card is of other numbers than the adapter's.
+    """
+    readme, path = folder / "README.md", folder / FACTS_FILE
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        fields = kept["facts"]
+        training, evaluation = fields.pop("training"), fields.pop("evaluation")
+        facts = Facts(
+            None if training is None else Training(**training),
+            None if evaluation is None else Evaluation(**evaluation),
+            **fields,
         )
-        suffix = "" if decoding == "greedy" else f"_{decoding}"
-        files[f".eval_results/{name}{suffix}.yaml"] = yaml.safe_dump(
-            eval_result_entries_to_yaml([entry]), sort_keys=False
+        of_these_numbers = kept["v"] == digest_of_tensor(adapter.vectors)
+        is_unchanged = kept["readme"] == digest(readme.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    if is_unchanged and not of_these_numbers:
+        raise AdapterFileError(
+            f"{readme} is of other numbers than the adapter beside it: the run that wrote those did not finish. Finish "
+            f"it, or remove README.md and {FACTS_FILE}, and a card without results is made."
         )
-    return files
+    return facts if is_unchanged else None
 
 
-def write_card(folder: Path, card: ModelCard, evaluation: Evaluation | None) -> None:
-    """Write the card as README.md, and the evaluation results beside it; those of an earlier run go."""
-    temporary = folder / "README.tmp"
-    card.save(temporary)
-    os.replace(temporary, folder / "README.md")
-    shutil.rmtree(folder / ".eval_results", ignore_errors=True)
-    for name, text in ({} if evaluation is None else eval_result_files(evaluation)).items():
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+def digest(text: str) -> str:
+    """What a text is known again by."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_made_here(text: str) -> bool:
-    """Whether a README is a card of [`make_card`]."""
-    metadata = text.partition("\n---\n")[0]
-    return metadata.startswith("---\n") and re.search(rf"^- {TAG}$", metadata, re.MULTILINE) is not None
-
-
-def is_nobodys(text: str) -> bool:
-    """Whether a README is what PEFT and transformers write for whoever saves, with everything left to be filled in."""
-    return "[More Information Needed]" in text
-
-
-def with_place(text: str, place: str) -> str:
-    """A card of [`make_card`] for an adapter that has moved: its lines of use load it from `place`."""
-    head, use, rest = text.partition("\n## Use\n")
-    use_text, rest_head, rest_text = rest.partition("\n## ")
-    old = re.search(r"^peft-tinylora export (\S+) ", use_text, re.MULTILINE)
-    if old is not None:
-        use_text = re.sub(rf"(?<![\w./-]){re.escape(old.group(1))}(?![\w./-])", lambda _: place, use_text)
-    return head + use + use_text + rest_head + rest_text
+def is_empty_form(text: str) -> bool:
+    """Whether a README is the form that PEFT writes for whoever saves, with everything left to be filled in."""
+    return "# Model Card for Model ID" in text and text.count(EMPTY_FIELD) >= 10
 
 
 def use_lines(card: ModelCard) -> str:
     """The Python of a card of [`make_card`] that loads the adapter and tries it."""
-    return re.search(r"## Use\n.*?```python\n(.*?)```", card.text, re.DOTALL).group(1)
+    return re.search(r"^## Use$.*?^```python$\n(.*?)^```$", card.text, re.DOTALL | re.MULTILINE).group(1)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name may be the id of a repository on the Hub, and is no file or folder here."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
 
 
 def relative(name: str) -> str:
@@ -243,22 +296,44 @@ def relative(name: str) -> str:
 
 
 def command_line(processes: int) -> str:
-    """Rebuilds the command that started this process, from `sys.argv`, without tokens."""
+    """Rebuilds the command that started this process, from `sys.argv`, for publishing: without tokens and paths."""
     launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
-    shown, hide_next = [], False
-    for argument in sys.argv:
-        name, equals, _ = argument.partition("=")
-        hides = argument.startswith("--") and is_secret(name)
-        shown.append(HIDDEN if hide_next and not argument.startswith("--") else argument)
-        if hides and equals:
-            shown[-1] = f"{name}={HIDDEN}"
-        hide_next = hides and not equals
+    options = [None, *sys.argv[:-1]]
+    shown = [
+        HIDDEN if option and option.startswith("--") and is_secret(option) else published(argument)
+        for option, argument in zip(options, sys.argv, strict=True)
+    ]
     return f"{launcher} {shlex.join(shown)}"
+
+
+def published(value: Any) -> Any:
+    """A setting as it may be published: without what is a secret by its name or its look, and paths of this machine.
+
+    Args:
+        value: a string, which may be JSON or `name=value`, or what YAML knows.
+    """
+    if isinstance(value, dict):
+        return {name: published(part) for name, part in value.items() if not is_secret(name)}
+    if isinstance(value, list):
+        return [published(part) for part in value]
+    if not isinstance(value, str):
+        return value
+    if value.startswith("{"):
+        try:
+            return json.dumps(published(json.loads(value)))
+        except ValueError:
+            return HIDDEN if any(map(is_secret, re.findall(r"\w+", value))) else value
+    name, equals, _ = value.partition("=")
+    if equals and is_secret(name):
+        return f"{name}={HIDDEN}"
+    token = get_token()
+    value = A_TOKEN.sub(HIDDEN, value.replace(token, HIDDEN) if token else value)
+    return relative(value) if Path(value).is_absolute() else value
 
 
 def is_secret(name: str) -> bool:
     """Whether an option or a variable of this name holds what must not be published."""
-    return SECRET.search(name) is not None
+    return SECRET.search(str(name).lstrip("-")) is not None
 
 
 def versions() -> dict[str, str]:
@@ -277,8 +352,12 @@ def commit() -> str | None:
     root = Path(__file__).parents[1]
     if not (root / ".git").exists() or shutil.which("git") is None:
         return None
-    result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    return result.stdout.strip() or None if result.returncode == 0 else None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    return f"{head} with changes" if head and git("status", "--porcelain", "--", "*.py") else head or None
 
 
 def hardware() -> str:

@@ -170,7 +170,7 @@ def tensors_to_load(
 def damaged_file(error: SafetensorError) -> AdapterFileError:
     """What to raise for a file that safetensors cannot read."""
     return AdapterFileError(
-        f"The adapter file is cut short or damaged ({error}). Nothing was loaded. Save or download it again."
+        f"The adapter file is cut short or damaged ({str(error)[:200]}). Nothing was loaded. Save or download it again."
     )
 
 
@@ -375,7 +375,7 @@ def _check(
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(name[:100] for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _check_basis(layers: dict[str, TinyLoraLayer], found: dict[str, torch.Tensor], config: PeftConfig) -> None:
@@ -392,7 +392,7 @@ def _check_basis(layers: dict[str, TinyLoraLayer], found: dict[str, torch.Tensor
             f"is {BASIS_TOLERANCE:g}. It was trained on other weights"
         )
         if config.base_model_name_or_path:
-            message += f" ({config.base_model_name_or_path})"
+            message += f" ({config.base_model_name_or_path[:100]})"
         message += ", or on another quantization of these"
         if conventions_of(config).from_paper:
             raise BasisMismatchError(f"{message}: load it onto what it was trained on. Nothing was loaded.")

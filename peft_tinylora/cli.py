@@ -108,7 +108,8 @@ def pull_adapter(options: argparse.Namespace) -> int:
 def export_folder(options: argparse.Namespace) -> int:
     """Writes an adapter in another form and prints what it takes and, of a merged model, what rounding cost."""
     found = describe(find_adapter(options.adapter, options.revision, options.subfolder))
-    name = options.base or found.config.base_model_name_or_path
+    config = found.config
+    name = options.base or config.base_model_name_or_path
     if name is None:
         raise BasisError(f"{options.adapter} names no base model: say which with --base.")
     load_as_trained(options, found)
@@ -116,7 +117,7 @@ def export_folder(options: argparse.Namespace) -> int:
         options.adapter,
         options.folder,
         options.to,
-        load_base(name, options),
+        load_base(name, options, revision=None if options.base else config.revision, task_type=config.task_type),
         options.dtype,
         revision=options.revision,
         subfolder=options.subfolder,

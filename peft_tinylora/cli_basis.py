@@ -5,8 +5,17 @@ import time
 from pathlib import Path
 
 import torch
+from peft import TaskType
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BitsAndBytesConfig,
+)
 
 from . import basis_cache, basis_hub
 from .assignment import requests_of
@@ -14,6 +23,16 @@ from .basis import Basis
 from .build import build_bases, file_name, verified
 from .config import TinyLoraConfig
 from .errors import BasisError
+
+
+AUTO_CLASSES = {
+    TaskType.CAUSAL_LM: AutoModelForCausalLM,
+    TaskType.SEQ_2_SEQ_LM: AutoModelForSeq2SeqLM,
+    TaskType.SEQ_CLS: AutoModelForSequenceClassification,
+    TaskType.TOKEN_CLS: AutoModelForTokenClassification,
+    TaskType.QUESTION_ANS: AutoModelForQuestionAnswering,
+    TaskType.FEATURE_EXTRACTION: AutoModel,
+}
 
 
 def add_basis_commands(basis: argparse._SubParsersAction) -> None:
@@ -53,7 +72,13 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--load-in-8bit", action="store_true", help="quantize it with bitsandbytes")
 
 
-def load_base(name: str, options: argparse.Namespace, dtype: str = "auto") -> nn.Module:
+def load_base(
+    name: str,
+    options: argparse.Namespace,
+    dtype: str = "auto",
+    revision: str | None = None,
+    task_type: TaskType | None = TaskType.CAUSAL_LM,
+) -> nn.Module:
     """The base model, on the GPU if there is one and it is quantized, else on the CPU."""
     loading = {}
     if options.load_in_4bit or options.load_in_8bit:
@@ -63,7 +88,8 @@ def load_base(name: str, options: argparse.Namespace, dtype: str = "auto") -> nn
             bnb_4bit_quant_type=options.quant_type,
         )
         loading["device_map"] = {"": "cuda:0" if torch.cuda.is_available() else "cpu"}
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **loading)
+    auto_class = AUTO_CLASSES.get(task_type, AutoModelForCausalLM)
+    return auto_class.from_pretrained(name, dtype=dtype, revision=revision, **loading)
 
 
 class BaseBasis:

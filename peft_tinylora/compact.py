@@ -31,6 +31,7 @@ VECTORS = "tinylora_v"  # the one tensor, without PEFT's prefix
 SKETCH_TOLERANCE = 0.02
 # Relative difference of factors from those of the base up to which they are left out of the file.
 SAME_FACTORS = 1e-3
+MOST_CHARACTERS = 200  # in the fingerprint, but for "modules"
 LOAD_APART = "Load it by model.load_adapter(...), and open a bank over that for others like it. Nothing was added."
 ANOTHER_BASIS = "The adapter was trained with another basis than that of this base model"
 
@@ -245,7 +246,7 @@ def _checked(
     of_factors = fingerprint.factor_distance(basis, saved)
     if of_factors <= SKETCH_TOLERANCE or config.basis == "unchecked":
         return basis
-    trained_on = f"It was trained on {config.base_model_name_or_path or 'a model without a name'}"
+    trained_on = f"It was trained on {(config.base_model_name_or_path or 'a model without a name')[:100]}"
     raise BasisMismatchError(
         f"{ANOTHER_BASIS}: module {name!r} differs by {of_factors:.2g}, allowed is {SKETCH_TOLERANCE:g}. {trained_on} "
         f"({trained} weights; here {weights}): load that, in the dtype it was trained in, or set "
@@ -293,6 +294,12 @@ def fingerprint_of(config: PeftConfig) -> dict[str, str]:
             "The adapter file is a compact one, and adapter_config.json has no whole `fingerprint` of its factors: "
             f"{', '.join(wanted)}. Nothing was loaded. Take both files from the same save."
         )
+    for key in ("weights", "groups", "v"):
+        if len(saved[key]) > MOST_CHARACTERS:
+            raise AdapterFileError(
+                f"`fingerprint` in adapter_config.json has {len(saved[key])} characters in {key!r}, and a saved one a few. "
+                "Nothing was loaded. Take both files from the same save."
+            )
     return saved
 
 

@@ -25,7 +25,7 @@ BASES = ("base", "full-precision", "unchecked")
 SAVE_DTYPES = ("float32", "bfloat16")
 BIASES = ("none", "all", "tinylora_only")
 MOST_NUMBERS = 2**20  # r is at most the shorter side of a weight; nobody trains so many numbers in a group as u
-MOST_ENTRIES = 100_000  # of a list in a file; each is compared with each module of a model
+MOST_ENTRIES = 100_000  # of a list in a file
 FORMAT_VERSION = 1  # of the compact file; docs/format.md
 
 OWN_FIELDS = (
@@ -255,14 +255,22 @@ def check_types(config: TinyLoraConfig) -> None:
         value = getattr(config, name)
         if isinstance(value, (list, dict)) and len(value) > MOST_ENTRIES:
             raise AdapterFileError(
-                f"{name} in adapter_config.json has {len(value)} entries, and at most {MOST_ENTRIES} are compared with a "
-                "model. Ask for the config that the adapter was saved with."
+                f"{name} in adapter_config.json has {len(value)} entries, and a config at most {MOST_ENTRIES}: ask for "
+                "the one that the adapter was saved with."
             )
         try:
             validate_typed_dict(schema, {name: value})
         except StrictDataclassError as error:
             wanted = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
             raise AdapterFileError(f"{name}={shortened(value)} in adapter_config.json: must be {wanted}.") from error
+    if "" in (config.modules_to_save or ()):  # every name ends with it: PEFT would copy each module, and those in it
+        raise AdapterFileError(
+            f"modules_to_save={shortened(config.modules_to_save)} in adapter_config.json: '' is no name."
+        )
+    if any(isinstance(value, (list, dict)) for value in (config.auto_mapping or {}).values()):
+        raise AdapterFileError(
+            f"auto_mapping={shortened(config.auto_mapping)} in adapter_config.json: must be names of a class and its library."
+        )
 
 
 @functools.cache

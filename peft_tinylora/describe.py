@@ -14,6 +14,7 @@ from .config import TinyLoraConfig
 from .source import FLOAT
 
 
+MOST_CHARACTERS = 4000  # of a line
 MOST_SHOWN = 64  # trained numbers, in a terminal or a card
 
 
@@ -28,7 +29,7 @@ class Description:
         vectors (`torch.Tensor`): v, shape (groups, u), in the dtype of the file. Of a portable file whose
             `tie` is "structured" or a mapping, the distinct ones.
         modules (`int`, *optional*): how many are adapted; `None` where the files do not say.
-        others (`list[str]`): names of what was trained besides v (`modules_to_save`, biases, tokens).
+        others (`list[str]`): names of the file's other tensors (`modules_to_save`, biases, tokens).
         sizes_bytes (`dict[str, int]`): of the two files, by name.
         basis (`str`): where the frozen factors are.
     """
@@ -123,6 +124,12 @@ def place_of_basis(config: TinyLoraConfig, in_file: int) -> str:
     return "; ".join(places)
 
 
+def printable(text: str) -> str:
+    """Text of a file that may be anybody's, for a terminal: no characters that would act there, and not for ever."""
+    escaped = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:MOST_CHARACTERS])
+    return escaped + (" ..." if len(text) > MOST_CHARACTERS else "")
+
+
 def lines(source: str, found: Description) -> list[str]:
     """The description as lines of text."""
     config = found.config
@@ -145,9 +152,9 @@ def lines(source: str, found: Description) -> list[str]:
     ]  # fmt: skip
     if found.others:
         kinds = Counter(name.removeprefix("base_model.model.").rpartition(".")[0] for name in found.others)
-        rows.append(("also", f"trained: {', '.join(kinds)}"))
+        rows.append(("besides", f"{len(found.others)} tensors of {', '.join(kinds)}"))
     rows.append(("trained", f"{numbers} numbers in {str(found.vectors.dtype).removeprefix('torch.')}"))
-    text = [f"{name:<12}{value}" for name, value in rows]
+    text = [f"{name:<12}{printable(value)}" for name, value in rows]
     shown = found.numbers[:MOST_SHOWN]
     for start in range(0, len(shown), 7):
         text.append(" " * 12 + " ".join(f"{value:+.6f}" for value in shown[start : start + 7]))

@@ -7,7 +7,6 @@ As a LoRA, delta W = (B R) A: `lora_A` is A, `lora_B` is B R, and with lora_alph
 but these factors, to `dtype`. PEFT then reads back what was written, so that no module is missed and none is added.
 """
 
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from .embedding import Embedding
 from .errors import AdapterFileError, ConfigError
 from .experts import ParamWrapper
 from .layer import TinyLoraLayer
+from .output_folder import written_at_once
 from .survival import MergeReport
 from .weight import parameter_is_transposed, stores_transposed
 
@@ -56,11 +56,12 @@ def export_adapter(
     A tokenizer in a local folder of the adapter is written too. A merged model gets that of the base model otherwise.
 
     Args:
-        source (`str` or `Path`): folder or Hub id of the adapter. Of a repository only its two files are downloaded.
+        source (`str` or `Path`): folder or Hub id of the adapter. Of a repository its two files are downloaded,
+            and a tokenizer.
         target (`str` or `Path`): folder to write to; must hold neither an adapter nor a model yet.
         to (`str`): `"compact"`, `"portable"`, `"lora"` or `"merged"`.
         base_model (`nn.Module`): what it was trained on, in the same form. The adapter is put into it and taken out
-            again, except that `"merged"` consumes it: it is the merged model afterwards.
+            again, except that `"merged"` consumes it.
         dtype (`torch.dtype` or `str`, *optional*): float32, bfloat16 or float16. Of the factors of a LoRA, by default
             float32; of a merged model, by default that of the base, and for quantized layers that of the model.
         hub_options: `revision`, `subfolder` and `token` of the download.
@@ -73,7 +74,7 @@ def export_adapter(
         ConfigError: if `to` or `dtype` is none of these, or `base_model` cannot be saved.
         AdapterFileError: if `target` is taken, `source` is no TinyLoRA, is damaged or does not fit `base_model`, or a
             LoRA cannot express it.
-        HubError: if `source` cannot be downloaded. After any error, nothing is written.
+        HubError: if `source` cannot be downloaded. After any error, `target` is as it was.
     """
     if to not in FORMS:
         raise ConfigError(f"to={to!r}: allowed are {', '.join(map(repr, FORMS))}.")
@@ -83,12 +84,14 @@ def export_adapter(
             f"to='merged': base_model is a {type(base_model).__name__}, and only a model of transformers can be saved. "
             "Call merge_and_unload() and save its state dict."
         )
-    _check_free(Path(target))
+    for name, content in ((CONFIG_FILE, "an adapter"), ("config.json", "a model")):
+        if (Path(target) / name).exists():
+            raise AdapterFileError(f"{target} holds {content} already: name another folder, or remove it first.")
     folder = find_adapter(source, **hub_options)
     config, tensors = read_adapter(folder)
 
     report = None
-    with _moved_when_complete(Path(target).resolve()) as partial:
+    with written_at_once(target) as partial:
         if to == "merged":
             model = PeftModel.from_pretrained(base_model, folder, config=config)
             model.merge_and_unload(dequantize=True, dtype=dtype).save_pretrained(partial)
@@ -100,11 +103,8 @@ def export_adapter(
                 config.save_basis = to == "portable"
                 model.save_pretrained(partial)
             (partial / "README.md").unlink(missing_ok=True)  # PEFT's template, which says nothing of this adapter
-        # Beside the files of a download, there may be any that something else downloaded.
-        if Path(source).is_dir() and (folder / "tokenizer_config.json").exists():
-            AutoTokenizer.from_pretrained(folder).save_pretrained(partial)
-        elif to == "merged":
-            _save_tokenizer_of_base(base_model.name_or_path, partial)
+        if not _save_tokenizer(str(source), partial, **hub_options) and to == "merged":
+            _save_tokenizer(base_model.name_or_path, partial, revision=config.revision)
     return report
 
 
@@ -119,28 +119,6 @@ def _checked_dtype(dtype: torch.dtype | str | None, to: str) -> torch.dtype | No
     return getattr(torch, name)
 
 
-def _check_free(target: Path) -> None:
-    for name, content in ((CONFIG_FILE, "an adapter"), ("config.json", "a model")):
-        if (target / name).exists():
-            raise AdapterFileError(f"{target} holds {content} already: name another folder, or remove it first.")
-
-
-@contextmanager
-def _moved_when_complete(target: Path) -> Iterator[Path]:
-    """A folder to write to, beside `target`, which becomes it; after an error nothing is left."""
-    partial = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        yield partial
-        if target.is_dir():
-            for file in partial.iterdir():
-                file.replace(target / file.name)
-        else:
-            partial.replace(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 @contextmanager
 def _adapted(
     base_model: nn.Module, folder: Path, in_file: Iterable[str], config: PeftConfig | None = None
@@ -148,6 +126,7 @@ def _adapted(
     """The base model with the adapter of a folder in it; afterwards without, and with the biases that it had."""
     in_file = {key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in in_file}
     kept = {name: value.clone() for name, value in base_model.state_dict().items() if name in in_file}
+    trained, training = {name for name, p in base_model.named_parameters() if p.requires_grad}, base_model.training
     try:
         model = PeftModel.from_pretrained(base_model, folder, config=config)
         try:
@@ -156,6 +135,11 @@ def _adapted(
             model.unload()
     finally:
         base_model.load_state_dict(kept, strict=False)
+        if isinstance(base_model, PreTrainedModel):
+            base_model.tie_weights()  # PEFT leaves the copy of a tied output layer in its place
+        base_model.train(training)
+        for name, parameter in base_model.named_parameters():
+            parameter.requires_grad = name in trained
 
 
 def _write_lora(
@@ -273,10 +257,14 @@ def _check_peft_reads(
         )
 
 
-def _save_tokenizer_of_base(name: str, folder: Path) -> None:
+def _save_tokenizer(name: str, folder: Path, **options: Any) -> bool:
+    """Save the tokenizer of an adapter or a base model, if it has one."""
+    options = {name: value for name, value in options.items() if value is not None}
     try:
         # transformers makes an empty tokenizer for a model that has none.
-        if get_tokenizer_config(name):
-            AutoTokenizer.from_pretrained(name).save_pretrained(folder)
+        if not get_tokenizer_config(name, **options):
+            return False
+        AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options).save_pretrained(folder)
     except (OSError, ValueError):
-        return  # `name` is no place that a tokenizer can be loaded from
+        return False  # `name` is no place that a tokenizer can be loaded from
+    return True

@@ -9,18 +9,26 @@ removed in the same commit: a tokenizer left behind would be loaded.
 import hashlib
 import json
 import logging
-import os
-import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from fnmatch import fnmatch
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCard,
+    ModelInfo,
+    get_token,
+    hf_hub_download,
+)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from . import card
@@ -35,6 +43,7 @@ from .adapter_files import (
 )
 from .describe import Description, describe
 from .errors import AdapterFileError, ConfigError, HubError
+from .output_folder import written_at_once
 
 
 logger = logging.getLogger(__name__)
@@ -51,6 +60,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+EVAL_RESULTS = ".eval_results/peft_tinylora_*.yaml"  # not those of other people
 REPORT_FILES = (
     "README.md",
     "recipe.yaml",  # what the recipe was set to
@@ -58,11 +68,9 @@ REPORT_FILES = (
     "reward_curve.png",
     "loss_curve.csv",
     "loss_curve.png",
-    ".eval_results/*.yaml",
 )
-FILES = (*ADAPTER_FILES, *REPORT_FILES, *TOKENIZER_FILES)
+FILES = (*ADAPTER_FILES, *REPORT_FILES, *TOKENIZER_FILES, EVAL_RESULTS)
 TEXTS = (".md", ".yaml", ".json", ".csv", ".jinja", ".txt")
-A_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 WAITS_SECONDS = (1, 2, 4, 8)  # before trying again, where the Hub does not say for how long
 LONGEST_WAIT_SECONDS = 300
 PASSING = (409, 412, 429)  # a commit of somebody else in the meantime, or too many requests
@@ -100,36 +108,38 @@ def push(
     """Upload an adapter as one commit.
 
     Of the folder go: the two files of the adapter, its card, recipe.yaml, evaluation results and curve, and the tokenizer
-    where it is not that of the base model. Where the folder has no card, one is made. Server errors, lost connections and
-    commits of others in the meantime are tried again.
+    where it is not that of the base model. A card that a recipe wrote is made anew for the repository; where there is none,
+    one is made of what the files say. Server errors, lost connections and commits of others in the meantime are tried again.
 
     Args:
         folder (`str` or `Path`): of the adapter. Not changed.
         repository (`str`): id on the Hub; made if there is none.
         revision (`str`, *optional*): branch to commit to, made if there is none. Defaults to main.
-        private (`bool`, *optional*): of a repository that is made here.
+        private (`bool`, *optional*): whether the repository is to be private; one that is public is refused.
         token (`str`, *optional*): defaults to the one that is stored.
         base (`str`, *optional*): Hub id of the base model, where the adapter's config names a folder.
 
     Raises:
         AdapterFileError, ConfigError: if the folder holds no sound adapter, or what must not be published; before anything
-            is sent.
+            is sent. If the repository is no place for it.
         HubError: if the Hub refuses or stays unreachable; says how to push again.
     """
     folder = Path(folder)
-    files = files_to_push(folder, repository, base)
-    refuse_tokens(files, token)
     api = HfApi(library_name="peft_tinylora", token=token)
+    files = files_to_push(api, folder, repository, base, revision)
+    refuse_tokens(files, token)
     try:
         return tried_again(lambda: _commit(api, files, repository, revision, private))
     except ConfigError:
         raise
     except (HTTPError, OSError, ValueError) as error:
-        again = f"peft-tinylora push {folder} {repository}"
-        again += "".join(f" --{name} {value}" for name, value in (("revision", revision), ("base", base)) if value)
+        again = ["peft-tinylora", "push", str(folder), repository]
+        again += ["--revision", revision] if revision else []
+        again += ["--base", base] if base else []
+        again += ["--private"] if private else []
         raise HubError(
             f"{repository}: {reason_of(error, revision)} Nothing in {folder} was changed; to push it again: "
-            f"{again}{' --private' if private else ''}"
+            f"{shlex.join(again)}"
         ) from error
 
 
@@ -137,11 +147,20 @@ def check_access(repository: str, *, private: bool | None = None, token: str | N
     """The full id of a repository that can be pushed to, which is made if there is none; for before a long training.
 
     Raises:
-        HubError: if the token may not, or the Hub cannot be reached.
+        ConfigError: if it is no place for an adapter.
+        HubError: if the token may not write to it, or the Hub cannot be reached.
     """
     api = HfApi(library_name="peft_tinylora", token=token)
+
+    def check() -> str:
+        full = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        _refuse_another_kind(api.repo_info(full), full, private)
+        # Asks the Hub how a file would be uploaded, for which it wants the right to write; uploads nothing.
+        api.preupload_lfs_files(full, [CommitOperationAdd("README.md", b"?")])
+        return full
+
     with explained(repository):
-        return tried_again(lambda: api.create_repo(repository, private=private, exist_ok=True)).repo_id
+        return tried_again(check)
 
 
 def pull(
@@ -151,114 +170,109 @@ def pull(
 
     Args:
         repository (`str`): id on the Hub.
-        folder (`str` or `Path`): must not hold an adapter yet; all of it is written or nothing.
+        folder (`str` or `Path`): must not hold any of the files yet; all of them are written or none.
         revision (`str`, *optional*): branch, tag or commit.
         token (`str`, *optional*): defaults to the one that is stored.
 
     Returns:
-        [`Description`] and `list[str]`: what was downloaded, once it was checked, and the names of the files.
+        [`Description`] and `list[str]`: what was downloaded, which was checked, and the names of the files.
 
     Raises:
-        AdapterFileError, ConfigError: if the folder holds an adapter, or the repository no sound one.
+        AdapterFileError, ConfigError: if the folder holds such a file, or the repository no sound adapter.
         HubError: if the Hub refuses or cannot be reached.
     """
-    folder = Path(folder)
-    if (folder / CONFIG_FILE).exists():
-        raise AdapterFileError(f"{folder} holds an adapter already: name another folder, or remove it first.")
     api = HfApi(library_name="peft_tinylora", token=token)
     with explained(repository, revision):
         info = tried_again(lambda: api.repo_info(repository, revision=revision))
-        names = sorted(sibling.rfilename for sibling in info.siblings or [] if is_of_adapter(sibling.rfilename))
-    partial = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        found = find_adapter(repository, info.sha, token=token)
-        description = describe(found)
+    names = sorted(sibling.rfilename for sibling in info.siblings or [] if is_of_adapter(sibling.rfilename))
+    with written_at_once(folder) as partial:
         for name in names:
             with explained(repository, revision):
                 path = hf_hub_download(repository, name, revision=info.sha, token=token, library_name="peft_tinylora")
-            target = partial / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-        folder.mkdir(parents=True, exist_ok=True)
-        # The config last: with it, the folder is an adapter.
-        for name in sorted(names, key=lambda name: name == CONFIG_FILE):
-            (folder / name).parent.mkdir(exist_ok=True)
-            os.replace(partial / name, folder / name)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            (partial / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, partial / name)
+        try:
+            description = describe(find_adapter(partial))
+        except AdapterFileError as error:
+            raise AdapterFileError(str(error).replace(str(partial), repository)) from error
     return description, names
 
 
 def is_of_adapter(name: str) -> bool:
     """Whether a file of a repository is one that [`push`] uploads."""
-    return ".." not in name and any(fnmatch(name, pattern) for pattern in FILES)
+    # In names that somebody else chose, `*` must not stand for a folder.
+    return any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in FILES)
 
 
-def files_to_push(folder: Path, repository: str, base: str | None) -> dict[str, bytes | Path]:
+def files_to_push(
+    api: HfApi, folder: Path, repository: str, base: str | None, revision: str | None
+) -> dict[str, bytes | Path]:
     """What a push of a folder consists of: name in the repository -> content.
 
     Raises:
         AdapterFileError, ConfigError: as [`push`].
     """
     adapter = describe(find_adapter(folder))
-    base = public_base(adapter, folder, base)
-    adapter.config.base_model_name_or_path = base
+    base = public_base(api, adapter, folder, base)
     config = json.loads((folder / CONFIG_FILE).read_bytes()) | {"base_model_name_or_path": base}
     files: dict[str, bytes | Path] = {
         CONFIG_FILE: (json.dumps(config, indent=2, sort_keys=True)).encode(),
         WEIGHTS_FILE: folder / WEIGHTS_FILE,
-        "README.md": card_to_push(adapter, folder, repository, base).encode(),
     }
-    names = [path.relative_to(folder).as_posix() for path in sorted(folder.glob("*")) + sorted(folder.glob("*/*"))]
-    skipped = {*files, *(TOKENIZER_FILES if not has_own_tokenizer(folder, base) else ())}
-    files |= {name: folder / name for name in names if is_of_adapter(name) and name not in skipped}
-    return files
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    facts = card.read_facts(folder, adapter)
+    if not text.strip() or card.is_empty_form(text):
+        facts = card.Facts()
+    if facts is None:
+        files |= {path.relative_to(folder).as_posix(): path for path in folder.glob(EVAL_RESULTS)}
+    else:
+        text = str(card.make_card(adapter, repository, facts, base, revision))
+        files |= {name: result.encode() for name, result in card.eval_result_files(facts).items()}
+    check_metadata(text, readme)
+    files["README.md"] = text.encode()
+    with_tokenizer = has_own_tokenizer(folder, base, adapter.config.revision, api.token)
+    names = [name for name in FILES if with_tokenizer or name not in TOKENIZER_FILES]
+    return {name: folder / name for name in names if (folder / name).is_file()} | files
 
 
-def public_base(adapter: Description, folder: Path, base: str | None) -> str:
-    """The Hub id of the base model that a pushed adapter names; raises [`ConfigError`] where there is none."""
+def public_base(api: HfApi, adapter: Description, folder: Path, base: str | None) -> str:
+    """The Hub id of the base model that a pushed adapter names; raises [`ConfigError`] where nobody else has that."""
     named = base or adapter.config.base_model_name_or_path
-    problem = None
     if named is None:
         problem = "does not name its base model"
-    elif Path(named).exists() or named.count("/") > 1 or named.startswith((".", "/", "~")):
+    elif base is None and Path(named).exists():
         problem = f"names a folder of this machine as its base model ({named})"
-    if problem:
-        raise ConfigError(f"{folder} {problem}, which nobody else has: name its id on the Hub by --base user/name.")
-    return named
+    else:
+        try:
+            validate_repo_id(named)
+            if base is None:  # a folder of another machine may look like an id
+                api.repo_info(named, revision=adapter.config.revision)
+            return named
+        except (HFValidationError, RepositoryNotFoundError):
+            problem = f"names {named} as its base model, which is not on the Hub"
+        except (HTTPError, OSError):
+            return named  # the push will say what is wrong with the Hub
+    raise ConfigError(f"{folder} {problem}: say by --base user/name where everybody finds it.")
 
 
-def card_to_push(adapter: Description, folder: Path, repository: str, base: str) -> str:
-    """The folder's card for its repository; one made from the adapter's files where it has none but an empty form.
-
-    Raises:
-        ConfigError: if the metadata of the card cannot be read.
-    """
-    path = folder / "README.md"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    if not text.strip() or card.is_nobodys(text):
-        return str(card.make_card(adapter, repository))
+def check_metadata(text: str, readme: Path) -> None:
+    """Raise a [`ConfigError`] where the metadata of a card cannot be read."""
     try:
-        readme = ModelCard(text)
-    except (yaml.YAMLError, ValueError) as error:
+        ModelCard(text)
+    except (yaml.YAMLError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"the metadata in {path} cannot be read ({first_line(error)}): mend or remove it."
+            f"the metadata in {readme} cannot be read ({first_line(error)}): mend or remove it."
         ) from error
-    if not card.is_made_here(text):
-        return text
-    if readme.data.base_model is None:
-        readme.data.base_model, readme.data.base_model_relation = base, "adapter"
-        readme.data.tags = [f"base_model:adapter:{base}", *readme.data.tags]
-    return card.with_place(str(readme), repository)
 
 
-def has_own_tokenizer(folder: Path, base: str) -> bool:
+def has_own_tokenizer(folder: Path, base: str, revision: str | None, token: str | None) -> bool:
     """Whether a folder has a tokenizer that is not that of the base model, or that cannot be compared with it."""
     if not (folder / "tokenizer_config.json").exists():
         return False
     try:
-        own, of_base = AutoTokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(base)
+        own = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        of_base = AutoTokenizer.from_pretrained(base, revision=revision, token=token, trust_remote_code=False)
     except (OSError, ValueError) as error:
         logger.warning("the tokenizer in %s is pushed too: it cannot be compared (%s).", folder, first_line(error))
         return True
@@ -290,7 +304,7 @@ def refuse_tokens(files: Mapping[str, bytes | Path], token: str | None) -> None:
         if not name.endswith(TEXTS):
             continue
         text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", errors="replace")
-        if any(secret in text for secret in secrets) or A_TOKEN.search(text):
+        if any(secret in text for secret in secrets) or card.A_TOKEN.search(text):
             raise ConfigError(f"{name} holds a token of the Hub: remove it there. Nothing was pushed.")
 
 
@@ -320,8 +334,7 @@ def _commit(
         api.create_branch(repository, branch=revision, exist_ok=True)
     before = api.repo_info(repository, revision=revision)
     there = {sibling.rfilename for sibling in before.siblings or []}
-    if "config.json" in there and CONFIG_FILE not in there:
-        raise ConfigError(f"{repository} holds a model (config.json) and no adapter: push to another name.")
+    _refuse_another_kind(before, repository, private)
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in sorted(there - files.keys()) if is_of_adapter(name)]
     done = api.create_commit(
@@ -335,6 +348,15 @@ def _commit(
     if wrong:
         raise Overtaken(f"the Hub does not give {wrong[0]} back as it was pushed.")
     return Pushed(repository, done.oid, done.commit_url, sorted(files))
+
+
+def _refuse_another_kind(info: ModelInfo, repository: str, private: bool | None) -> None:
+    """Raise a [`ConfigError`] where a repository is a model's, or public where it was to be private."""
+    there = {sibling.rfilename for sibling in info.siblings or []}
+    if "config.json" in there and CONFIG_FILE not in there:
+        raise ConfigError(f"{repository} holds a model (config.json) and no adapter: push to another name.")
+    if private and not info.private:
+        raise ConfigError(f"{repository} is public already: make it private on its page, or push to another name.")
 
 
 def _different(api: HfApi, files: Mapping[str, bytes | Path], repository: str, commit: str) -> list[str]:

@@ -280,7 +280,10 @@ class TinyLoraModel(Combining, BaseTuner):
             model = self._unload_and_optionally_merge(adapter_names=adapter_names)
         if dequantize_to is not None:
             dequantize_model(model, dequantize_to)
-        return model if dtype is None else model.to(dtype)
+        for parameter in model.parameters() if dtype is not None else ():
+            if parameter.is_floating_point():  # and no buffers: rotary frequencies stay in fp32, as on loading
+                parameter.data = parameter.data.to(dtype)
+        return model
 
     def _merge(
         self,

@@ -32,10 +32,10 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapter_files import check_patterns, check_weights, find_weights, read_fields
+from .adapter_files import check_names, check_weights, find_weights, read_fields
 from .checkpoint import check_loaded, damaged_file, unpack_file
-from .config import TinyLoraConfig
-from .errors import ConfigError, TinyLoraError
+from .config import TinyLoraConfig, shortened
+from .errors import AdapterFileError, ConfigError, TinyLoraError
 from .layer import TinyLoraLayer
 from .model import TinyLoraModel
 
@@ -123,8 +123,8 @@ def _from_pretrained(cls: type[peft.PeftModel], model: nn.Module, model_id: str,
     config = arguments.get("config") or _saved_config(model_id, options)
     if not isinstance(config, TinyLoraConfig):
         return original(cls, model, model_id, *args, **kwargs)
-    _check_files(model, config, model_id, options)
-    with _as_before_if_it_fails(model):
+    _check_files(model, config, model_id, options, kwargs.get("ignore_mismatched_sizes", False))
+    with _as_before_if_it_fails(model, model_id):
         return original(cls, model, model_id, *args, **kwargs)
 
 
@@ -136,11 +136,11 @@ def _load_adapter_of_peft(self: peft.PeftModel, model_id: str, adapter_name: str
     options = _hub_options(kwargs)
     config, was_there = _saved_config(model_id, options), adapter_name in self.peft_config
     try:
-        with tuner.loading_file(adapter_name, config):
+        with _as_before_if_it_fails(self, model_id), tuner.loading_file(adapter_name, config):
             # One that is there already has its own config, by which the file's modules are not looked for.
             own = self.peft_config[adapter_name] if was_there else config
             if isinstance(own, TinyLoraConfig):
-                _check_files(tuner.model, own, model_id, options)
+                _check_files(tuner.model, own, model_id, options, kwargs.get("ignore_mismatched_sizes", False))
             return _in_place_of["peft_load"](self, model_id, adapter_name, *args, **kwargs)
     except Exception:
         if not was_there:
@@ -160,43 +160,83 @@ def _forget_second(model: peft.PeftModel, adapter_name: str) -> None:
         del vectors[adapter_name]
 
 
-def _check_files(model: nn.Module, config: TinyLoraConfig, source: str, options: Mapping[str, Any]) -> Path:
-    """The file of an adapter's weights, once it and the config are known to cost nothing out of the way."""
+def _check_files(
+    model: nn.Module,
+    config: TinyLoraConfig,
+    source: str,
+    options: Mapping[str, Any],
+    ignore_mismatched_sizes: bool = False,
+) -> Path:
+    """The file of an adapter's weights, once it and the config are known to ask for no more than the file holds."""
     path = find_weights(source, **options)
     try:
-        check_weights(path, config)
+        in_file = check_weights(path, config)
     except SafetensorError as error:
         raise damaged_file(error) from error
-    check_patterns(config, [name for name, _ in model.named_modules()])
+    names = [name for name, _ in model.named_modules()]
+    check_names(config, names)
+    for wanted in config.modules_to_save or []:  # PEFT copies each of them, which may be the whole model
+        copied = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
+        copied = [name for name in copied if any(True for _ in model.get_submodule(name).parameters())]
+        if copied and not any(f"{name}." in key for name in copied for key in in_file):
+            raise AdapterFileError(
+                f"modules_to_save={shortened(config.modules_to_save)} in adapter_config.json: the adapter file has no "
+                f"tensor of {shortened(wanted)}. Nothing was loaded. Load the file with the config it was saved with."
+            )
+    if not ignore_mismatched_sizes:
+        _check_shapes(model, in_file)
     return path
 
 
+def _check_shapes(model: nn.Module, in_file: Mapping[str, tuple[int, ...]]) -> None:
+    # Of a state dict that does not fit, torch loads what does before it says so, and the base model would be changed.
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors}
+    for key, shape in in_file.items():
+        name = key.removeprefix("base_model.model.")
+        if shapes.get(name, shape) != shape:
+            raise AdapterFileError(
+                f"The adapter file does not fit this base model: {name} has shape {shape} in it and {shapes[name]} in the "
+                "model. Nothing was loaded. Load it onto the base model that adapter_config.json names."
+            )
+
+
 @contextmanager
-def _as_before_if_it_fails(model: nn.Module) -> Iterator[None]:
-    """Take the layers of a tuner, if there were none before, out of a model again after an error in between."""
-    wrappers = (TinyLoraLayer, AuxiliaryTrainingWrapper)
-    was_wrapped = any(isinstance(module, wrappers) for module in model.modules())
+def _as_before_if_it_fails(model: nn.Module, source: str | Path | None) -> Iterator[None]:
+    """After an error in between, take the wrappers that it put into a model out again.
+
+    What PEFT stumbles over in an adapter's files (KeyError, IndexError) becomes an [`AdapterFileError`].
+    """
+    kept = {id(module) for module in model.modules()}
     before = {*vars(model), *model._modules}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
-    except Exception:
-        if not was_wrapped:
-            for name, module in list(model.named_modules()):
-                if isinstance(module, wrappers) and not name.rpartition(".")[0].endswith("base_layer"):
-                    model.set_submodule(name, _unwrapped(module, wrappers))
-            for name in {"peft_config", "tinylora_v", "_hf_peft_config_loaded"} - before:
-                if name in vars(model) or name in model._modules:
-                    delattr(model, name)
+    except Exception as error:
+        _unwrap(model, kept)
+        for name in {"peft_config", "tinylora_v", "_hf_peft_config_loaded"} - before:
+            if name in vars(model) or name in model._modules:
+                delattr(model, name)
         for parameter, requires_grad in trained:
             parameter.requires_grad = requires_grad
+        stumbled = (LookupError, AttributeError, TypeError, NotImplementedError, RecursionError)
+        if isinstance(error, stumbled) and not isinstance(error, TinyLoraError):
+            raise AdapterFileError(
+                f"PEFT cannot load {source} ({type(error).__name__}: {shortened(str(error))}): its config, its weights and "
+                "this base model do not fit each other. Nothing was loaded. Load both files as they were saved."
+            ) from error
         raise
 
 
-def _unwrapped(module: nn.Module, wrappers: tuple[type, ...]) -> nn.Module:
-    while isinstance(module, wrappers):  # several parameters of one module, or also tokens of an embedding
-        module = module.base_layer if isinstance(module, TinyLoraLayer) else module.original_module
-    return module
+def _unwrap(model: nn.Module, kept: set[int]) -> None:
+    """Put what is inside a tuner's wrapper in its place, but for the wrappers that were there before."""
+    for name, child in list(model.named_children()):
+        inner = child
+        while isinstance(inner, (TinyLoraLayer, AuxiliaryTrainingWrapper)) and id(inner) not in kept:
+            inner = inner.base_layer if isinstance(inner, TinyLoraLayer) else inner.original_module
+        if inner is not child:
+            model._modules[name] = inner
+        _unwrap(inner, kept)
 
 
 def _hub_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,7 +260,7 @@ def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     bound = inspect.signature(_in_place_of["load"]).bind(self, *args, **kwargs)
     _unpack_file(self, bound.arguments)
     is_unpacked = isinstance(bound.arguments.get("peft_config"), TinyLoraConfig)
-    with _as_before_if_it_fails(self) if is_unpacked else nullcontext():
+    with _as_before_if_it_fails(self, bound.arguments.get("peft_model_id")) if is_unpacked else nullcontext():
         try:
             with _without_report() if is_unpacked else nullcontext():
                 loading_info = _in_place_of["load"](*bound.args, **bound.kwargs)
@@ -264,7 +304,8 @@ def _unpack_file(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
         return  # of TinyLoRA, it is refused before its weights are read
     arguments["peft_config"] = config
     if tensors is None:
-        path = _check_files(model, config, folder, _hub_options(options))
+        ignores_sizes = getattr(load_config, "ignore_mismatched_sizes", False) or more.get("ignore_mismatched_sizes")
+        path = _check_files(model, config, folder, _hub_options(options), bool(ignores_sizes))
         try:
             tensors = safetensors.torch.load_file(path)
         except SafetensorError as error:

@@ -1,5 +1,7 @@
 """card.py: the metadata that the Hub reads, what a reader needs, and nothing that must not be published."""
 
+import ast
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,21 +12,25 @@ from huggingface_hub._eval_results import parse_eval_result_entries
 
 from peft_tinylora import TinyLoraConfig
 from peft_tinylora.card import (
+    FACTS_FILE,
     LOADING,
     Evaluation,
+    Facts,
     Training,
     command_line,
     eval_result_files,
-    is_made_here,
-    is_nobodys,
+    is_empty_form,
+    is_hub_id,
     is_secret,
     make_card,
+    published,
+    read_facts,
     relative,
     use_lines,
-    with_place,
     write_card,
 )
 from peft_tinylora.describe import Description
+from peft_tinylora.errors import AdapterFileError
 
 
 TRAINING = Training(
@@ -42,9 +48,9 @@ EVALUATION = Evaluation(
     problems=1319,
     before={"greedy": 0.4, "sampled": 0.3},
     after={"greedy": 0.9123456, "sampled": 0.6},
-    score_again="python trl_recipes/score.py --adapter here",
-    date="2026-11-27",
+    score_options="--dataset openai/gsm8k",
 )
+PLACE = "user/qwen-gsm8k-13"
 
 
 def description(
@@ -65,10 +71,15 @@ def description(
     return Description(**values | fields)
 
 
-def card(adapter: Description | None = None, **changes) -> ModelCard:
-    values = {"place": "user/qwen-gsm8k-13", "training": TRAINING, "evaluation": EVALUATION} | changes
-    made = make_card(adapter or description(), **values)
-    return ModelCard(str(made))
+def card(
+    adapter: Description | None = None,
+    place: str = PLACE,
+    base: str | None = None,
+    revision: str | None = None,
+    **facts,
+) -> ModelCard:
+    facts = Facts(**{"training": TRAINING, "evaluation": EVALUATION, "date": "2026-11-27"} | facts)
+    return ModelCard(str(make_card(adapter or description(), place, facts, base, revision)))
 
 
 def test_the_metadata_is_what_the_hub_reads() -> None:
@@ -98,15 +109,22 @@ def test_the_metadata_is_what_the_hub_reads() -> None:
     assert card().data.eval_results[0].metric_value == 0.9123
 
 
-def test_the_results_are_a_file_for_each_way_of_decoding_that_the_hubs_parser_reads() -> None:
-    files = eval_result_files(EVALUATION)
-    assert list(files) == [".eval_results/gsm8k.yaml", ".eval_results/gsm8k_sampled.yaml"]
-    [entry] = parse_eval_result_entries(yaml.safe_load(files[".eval_results/gsm8k.yaml"]))
+def test_the_greedy_result_on_a_whole_dataset_is_a_file_that_the_hubs_parser_reads() -> None:
+    [(name, text)] = eval_result_files(Facts(TRAINING, EVALUATION, date="2026-11-27")).items()
+    assert name == ".eval_results/peft_tinylora_gsm8k.yaml"
+    [entry] = parse_eval_result_entries(yaml.safe_load(text))
     assert (entry.dataset_id, entry.task_id, entry.value, entry.date) == ("openai/gsm8k", "main", 91.23, "2026-11-27")
-    assert "first" not in entry.notes
-    part = Evaluation("openai/gsm8k", 100, {"greedy": 0.4}, {"greedy": 0.5}, split="test", is_whole=False)
-    [entry] = parse_eval_result_entries(yaml.safe_load(eval_result_files(part)[".eval_results/gsm8k.yaml"]))
-    assert entry.task_id == "default" and "the first 100 problems" in entry.notes
+
+
+@pytest.mark.parametrize(
+    "dataset", ["openai/gsm8k", "a part of the training problems", "data/*.jsonl", "https://a.b/c"]
+)
+def test_a_part_of_a_dataset_or_no_dataset_of_the_hub_is_in_no_leaderboard(dataset: str) -> None:
+    is_whole = dataset != "openai/gsm8k"
+    part = Evaluation(dataset, 100, {"greedy": 0.4}, {"greedy": 0.5}, split="test", is_whole=is_whole)
+    assert eval_result_files(Facts(evaluation=part)) == {} == eval_result_files(Facts())
+    [result] = card(evaluation=part).data.eval_results
+    assert result.dataset_type == ("custom" if is_whole else "openai/gsm8k") and result.dataset_name == dataset
 
 
 def test_local_folders_and_files_stay_out_of_the_metadata(tmp_path) -> None:
@@ -122,7 +140,7 @@ def test_local_folders_and_files_stay_out_of_the_metadata(tmp_path) -> None:
     assert metadata["datasets"] == ["openai/gsm8k"]
     assert not any("base_model" in tag for tag in metadata["tags"])
     assert "`base`" in local.text and "`train.jsonl`, `openai/gsm8k`" in local.text
-    assert eval_result_files(evaluation) == {}
+    assert eval_result_files(Facts(evaluation=evaluation)) == {}
 
 
 def test_the_body_holds_what_was_measured_and_trained() -> None:
@@ -133,7 +151,7 @@ def test_the_body_holds_what_was_measured_and_trained() -> None:
     assert "python trl_recipes/grpo.py --config some.yaml" in text and "recipe.yaml" in text
     assert "| learning rate | 0.01, constant |" in text and "| seed | 7 |" in text
     assert "Share of 1319 held-out problems" in text
-    assert "python trl_recipes/score.py --adapter here" in text
+    assert f"python trl_recipes/score.py --adapter {PLACE} --dataset openai/gsm8k\n" in text
     assert "196 modules of rank 2 share them: tiled, n_tie=16" in text
     assert "![reward during training](reward_curve.png)" in text
     assert "{{" not in text and "{%" not in text and "None" not in text
@@ -164,49 +182,116 @@ def test_a_card_of_files_alone_does_not_say_what_they_do_not() -> None:
         assert word not in text
 
 
-@pytest.mark.parametrize("weights", [None, *LOADING, "hqq"])
+@pytest.mark.parametrize("weights", ["float", *LOADING, "hqq"])
 @pytest.mark.parametrize("is_compact", [True, False])
 @pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS", None])
-def test_the_lines_of_use_are_python_and_say_how_the_base_is_loaded(weights, is_compact: bool, task_type) -> None:
-    made = card(description(weights=weights or "float", is_compact=is_compact, task_type=task_type))
+@pytest.mark.parametrize("revision", [None, "more/steps"])
+def test_the_lines_of_use_are_python_and_say_how_the_base_is_loaded(
+    weights: str, is_compact: bool, task_type: str | None, revision: str | None
+) -> None:
+    made = card(description(weights=weights, is_compact=is_compact, task_type=task_type), revision=revision)
     code = use_lines(made)
     compile(code, "card", "exec")
-    assert code.startswith("import peft_tinylora") and '"user/qwen-gsm8k-13"' in code
-    assert (LOADING.get(weights, "never") in code) == (weights in LOADING and task_type == "CAUSAL_LM")
-    assert ("must be quantized as it was in training" in made.text) == (weights is not None)
+    assert code.startswith("import peft_tinylora") and f'"{PLACE}"' in code
+    generates = task_type == "CAUSAL_LM"
+    assert (LOADING.get(weights, "never") in code) == (weights in LOADING and generates)
+    assert ("must be quantized as it was in training" in made.text) == (weights != "float")
     assert ("stock PEFT refuses" in made.text) == is_compact
-    assert "peft-tinylora export user/qwen-gsm8k-13 qwen-gsm8k-13-lora --to lora" in made.text
+    export = f"peft-tinylora export {PLACE} qwen-gsm8k-13-lora --to lora"
+    assert (f"{export} --revision more/steps\n" if revision else f"{export}\n") in made.text
+    assert ('revision="more/steps"' in code) == (revision is not None)
+    assert "score.py" not in made.text if revision else "score.py" in made.text
     assert made.data.pipeline_tag == {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification"}.get(task_type)
 
 
-def test_what_else_was_trained_is_said() -> None:
-    assert "1 other tensors" in card(description(others=["model.norm.weight"])).text
+def test_a_base_of_a_revision_is_loaded_at_it() -> None:
+    adapter = description()
+    adapter.config.revision = "v2"
+    code = use_lines(card(adapter))
+    compile(code, "card", "exec")
+    assert "AutoPeftModelForCausalLM" in code  # which reads it from the config
+    assert 'AutoTokenizer.from_pretrained("Qwen/Qwen2.5-7B-Instruct", revision="v2")' in code
+
+
+AWKWARD = [
+    "```python\nx = 1\n```",
+    "{{ 7 * 7 }} {% if %}",
+    "say \"hi\" and 'bye' \\ ü 🙂",
+    [{"role": "user", "content": "```"}],
+]
+
+
+@pytest.mark.parametrize("prompt", AWKWARD, ids=range(len(AWKWARD)))
+@pytest.mark.parametrize("place", ["my outputs/x y", "C:\\new\\tmp", 'a"b', "outputs/ü"])
+def test_any_prompt_and_any_folder_give_code_that_can_be_pasted(prompt, place: str) -> None:
+    made = card(place=place, prompt=prompt)
+    code = use_lines(made)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    constants = [
+        ast.literal_eval(call.args[0])
+        for call in calls
+        if call.args and not isinstance(call.args[0], ast.Subscript | ast.Call)
+    ]
+    assert prompt in constants
+    assert place in [arg.value for call in calls for arg in call.args if isinstance(arg, ast.Constant)]
+    [line] = [line for line in made.text.splitlines() if line.startswith("peft-tinylora export")]
+    assert shlex.split(line)[2] == place
+
+
+def test_what_else_is_in_the_file_is_said() -> None:
+    text = card(description(others=["model.norm.weight"])).text
+    assert "holds 1 other tensor besides: `model.norm.weight`" in text and "adds no knowledge" not in text
     assert "all that `adapter_model.safetensors` (146 bytes) holds" in card().text
 
 
-def test_the_lines_of_use_follow_the_adapter_to_its_repository_and_nothing_else_changes() -> None:
-    local = card(place="outputs/x", training=Training("GRPO", ["a/b"], "reward", {}, "grpo.py --output_dir outputs/x"))
-    moved = with_place(local.content, "user/y")
-    head, use, rest = (part for part in moved.partition("\n## Use\n"))
-    assert "outputs/x" not in rest.partition("\n## ")[0] and rest.partition("\n## ")[0].count("user/y") == 2
-    assert "grpo.py --output_dir outputs/x" in moved
-    assert with_place(moved, "outputs/x") == local.content
-    for place in ("x", "/tmp/a.b/x", "user/x"):
-        assert with_place(card(place=place).content, "user/y").count("user/y") == 2
-    assert with_place("# Mine\n", "user/y") == "# Mine\n"
+def test_settings_do_not_break_their_table() -> None:
+    training = Training("GRPO", ["a/b"], "reward", {"tie": {"a": "q|k"}}, "python grpo.py")
+    assert "| tie | {'a': 'q\\|k'} |" in card(training=training).text
 
 
-def test_whose_card_it_is() -> None:
-    assert is_made_here(card().content) and is_made_here(card(training=None, evaluation=None).content)
-    assert not is_made_here("# Mine\n\n- peft_tinylora\n---\n")
-    assert is_nobodys("Developed by: [More Information Needed]") and not is_nobodys(card().content)
+def written(folder: Path, **facts) -> Description:
+    adapter = description(**facts)
+    write_card(folder, adapter, str(folder), Facts(TRAINING, EVALUATION, [{"role": "user", "content": "2 + 2?"}], 9))
+    return adapter
 
 
-def test_results_of_an_earlier_run_go_with_its_card(tmp_path: Path) -> None:
-    write_card(tmp_path, card(), EVALUATION)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".eval_results", "README.md"]
-    write_card(tmp_path, card(evaluation=None), None)
-    assert [path.name for path in tmp_path.iterdir()] == ["README.md"]
+def test_a_card_can_be_made_again_for_another_place(tmp_path: Path) -> None:
+    adapter = written(tmp_path)
+    facts = read_facts(tmp_path, adapter)
+    assert facts.training == TRAINING and facts.evaluation == EVALUATION and facts.max_new_tokens == 9
+    assert str(make_card(adapter, str(tmp_path), facts)) == (tmp_path / "README.md").read_text()
+    moved = str(make_card(adapter, "user/y", facts, base="user/base"))
+    assert str(tmp_path) not in moved and "base_model: user/base" in moved and "on top of `user/base`" in moved
+
+
+def test_a_card_that_was_edited_or_is_somebodys_own_is_not_made_again(tmp_path: Path) -> None:
+    adapter = written(tmp_path)
+    (tmp_path / "README.md").write_text((tmp_path / "README.md").read_text() + "And more.\n")
+    assert read_facts(tmp_path, adapter) is None
+    (tmp_path / "README.md").unlink()
+    assert read_facts(tmp_path, adapter) is None
+    written(tmp_path)
+    (tmp_path / FACTS_FILE).write_text('{"facts": 3}')
+    assert read_facts(tmp_path, adapter) is None
+
+
+def test_a_card_of_other_numbers_is_refused(tmp_path: Path) -> None:
+    written(tmp_path)
+    with pytest.raises(AdapterFileError, match="README.md is of other numbers than the adapter beside it"):
+        read_facts(tmp_path, description(numbers=(0.5, -0.25, 0.0)))
+
+
+def test_which_readme_is_an_empty_form() -> None:
+    form = "# Model Card for Model ID\n" + "- **Developed by:** [More Information Needed]\n" * 12
+    assert is_empty_form(form)
+    assert not is_empty_form("---\nlicense: mit\n---\n# Mine\n[More Information Needed]\n") and not is_empty_form(
+        card().content
+    )
+
+
+def test_which_names_may_be_ids() -> None:
+    assert all(map(is_hub_id, ("gpt2", "openai/gsm8k", "Qwen/Qwen2.5-7B-Instruct")))
+    assert not any(map(is_hub_id, ("data/*.jsonl", "a/b/c", "../a", "/a/b", "https://a.b/c", "a part of it", "tests")))
 
 
 def test_relative(tmp_path, monkeypatch) -> None:
@@ -224,16 +309,46 @@ def test_the_command_can_be_pasted_into_a_shell(monkeypatch) -> None:
     assert command_line(4).startswith("accelerate launch --num_processes 4 trl_recipes/grpo.py")
 
 
-@pytest.mark.parametrize("given", [["--hub_token", "hf_x"], ["--hub_token=hf_x"], ["--push_to_hub_token", "hf_x"]])
-def test_a_token_on_the_command_line_is_hidden(monkeypatch, given: list[str]) -> None:
+SECRETS = [
+    ["--hub_token", "plain-token"],
+    ["--hub_token=plain-token"],
+    ["--model_init_kwargs", '{"token": "plain-token", "a": 1}'],
+    ["--model_init_kwargs", "{'token': 'plain-token'}"],
+    ["--x", f"hf_{'a' * 34}"],
+]
+
+
+@pytest.mark.parametrize("given", SECRETS, ids=range(len(SECRETS)))
+def test_a_token_on_the_command_line_is_not_shown(monkeypatch, given: list[str]) -> None:
     monkeypatch.setattr("sys.argv", ["grpo.py", *given, "--eos_token", "<end>", "--max_new_tokens", "9"])
     shown = command_line(1)
-    assert "hf_x" not in shown and "HIDDEN" in shown and given[0].partition("=")[0] in shown
+    assert "plain-token" not in shown and "hf_a" not in shown and given[0].partition("=")[0] in shown
     assert shown.endswith("--eos_token '<end>' --max_new_tokens 9")
 
 
+def test_paths_of_this_machine_are_not_shown(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("sys.argv", ["grpo.py", "--config", str(tmp_path), "--prompt_template", "/think {question}"])
+    assert command_line(1) == f"python grpo.py --config {tmp_path.name} --prompt_template '/think {{question}}'"
+
+
+def test_settings_are_published_without_secrets_however_deep_they_are(monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "the-stored-one")
+    settings = {
+        "env": {"GH_PAT": "ghp_9", "MY_TOKEN": "tok-abc", "OPENAI_KEY": "sk-1", "X": "the-stored-one", "Y": "1"},
+        "model_init_kwargs": {"token": "plain-token", "deeper": [{"password": "p"}, f"see hf_{'a' * 34}"]},
+        "eos_token": "<end>",
+        "max_steps": 3,
+    }
+    assert published(settings) == {
+        "env": {"X": "HIDDEN", "Y": "1"},
+        "model_init_kwargs": {"deeper": [{}, "see HIDDEN"]},
+        "eos_token": "<end>",
+        "max_steps": 3,
+    }
+
+
 def test_which_names_are_secrets() -> None:
-    assert all(map(is_secret, ("hub_token", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "password")))
-    assert not any(
-        map(is_secret, ("eos_token", "pad_token", "max_new_tokens", "tokenizer", "trainable_token_indices"))
-    )
+    names = ("hub_token", "token", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "password", "GH_PAT")
+    assert all(map(is_secret, names))
+    names = ("eos_token", "pad_token", "max_new_tokens", "tokenizer", "trainable_token_indices", "keyboard", "pattern")
+    assert not any(map(is_secret, names))

@@ -229,9 +229,13 @@ def test_factors_are_stored_in_the_dtype_asked_for(tmp_path, tokens, dtype) -> N
 def test_the_base_model_is_as_it_was_also_its_biases(tmp_path, kind, to) -> None:
     folder = save_base(kind, tmp_path / "base")
     save_adapter(kind, folder, tmp_path / "adapter")
-    base, original = load(folder), load(folder).state_dict()
+    base, original = load(folder).train(), load(folder).state_dict()
+    trained = {name: index % 2 == 0 for index, (name, _) in enumerate(base.named_parameters())}
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad = trained[name]
     export_adapter(tmp_path / "adapter", tmp_path / "out", to, base)
     assert base.state_dict().keys() == original.keys()
+    assert base.training and {name: p.requires_grad for name, p in base.named_parameters()} == trained
     assert all(torch.equal(value, original[name]) for name, value in base.state_dict().items())
 
 
@@ -260,7 +264,8 @@ def test_a_merged_model_stands_alone_and_is_the_same_function(tmp_path, tokens, 
 def test_the_report_of_a_rounded_merge_is_that_of_float64(tmp_path, stored, dtype) -> None:
     folder = save_base("llama", tmp_path / "base")
     model = save_adapter("llama", folder, tmp_path / "adapter", stored)
-    report = export_adapter(tmp_path / "adapter", tmp_path / "merged", "merged", load(folder, stored), dtype=dtype)
+    given = load(folder, stored)
+    report = export_adapter(tmp_path / "adapter", tmp_path / "merged", "merged", given, dtype=dtype)
     merged_dtype = getattr(torch, dtype or "bfloat16")
     merged, base = load_file(tmp_path / "merged" / "model.safetensors"), load(folder, stored)
     assert {tensor.dtype for tensor in merged.values()} == {merged_dtype}

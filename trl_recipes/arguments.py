@@ -16,7 +16,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
-from peft_tinylora.card import is_secret
+from peft_tinylora.card import published
 from peft_tinylora.config import SAVE_DTYPES
 
 
@@ -312,7 +312,7 @@ class HubOptions:
     revision: str | None
     private: bool | None
     token: str | None
-    base: str | None
+    base: str
 
 
 def take_hub_options(
@@ -333,8 +333,8 @@ def take_hub_options(
         raise RecipeError(
             f"hub_strategy={training_args.hub_strategy.value!r}: this recipe pushes the finished adapter, once: leave it out."
         )
-    base = recipe_args.hub_base_model
-    if base is None and Path(str(model_args.model_name_or_path)).exists():
+    base = recipe_args.hub_base_model or model_args.model_name_or_path
+    if recipe_args.hub_base_model is None and Path(str(model_args.model_name_or_path)).exists():
         raise RecipeError(
             f"push_to_hub with model_name_or_path={model_args.model_name_or_path!r}, a folder of this machine: name the "
             "base model's id on the Hub by hub_base_model, or leave push_to_hub out."
@@ -352,7 +352,7 @@ def take_hub_options(
 
 def write_recipe_file(folder: Path, argv: Sequence[str], command: str) -> bool:
     """
-    Writes the YAML file that a command line names by `--config` to `recipe.yaml`, without tokens: it may be published.
+    Writes the YAML file that a command line names by `--config` to `recipe.yaml`, without tokens and paths of this machine: it may be published.
 
     Args:
         folder (`Path`):
@@ -366,18 +366,11 @@ def write_recipe_file(folder: Path, argv: Sequence[str], command: str) -> bool:
         `bool`: whether the command line names one; that of an earlier run is removed if it does not.
     """
     path = folder / "recipe.yaml"
-    named = [
-        argument.partition("=")[2] or following
-        for argument, following in zip(argv, [*argv[1:], ""], strict=True)
-        if argument.partition("=")[0] == "--config"
-    ]
+    named = [following for argument, following in zip(argv, argv[1:], strict=False) if argument == "--config"]
     if not named:
         path.unlink(missing_ok=True)
         return False
-    settings = yaml.safe_load(Path(named[-1]).read_text(encoding="utf-8"))
-    shown = {name: value for name, value in settings.items() if not is_secret(name)}
-    if isinstance(shown.get("env"), dict):
-        shown["env"] = {name: value for name, value in shown["env"].items() if not is_secret(name)}
+    shown = published(yaml.safe_load(Path(named[-1]).read_text(encoding="utf-8")))
     path.write_text(f"# {command}\n" + yaml.safe_dump(shown, sort_keys=False), encoding="utf-8")
     return True
 

@@ -7,9 +7,8 @@ Takes every option of `trl grpo` but those of LoRA, and the `tinylora_*` ones. W
 `exact_match_reward`; with them they read the dataset's columns, as they do there.
 
 Leaves in `output_dir`: the adapter (adapter_model.safetensors, adapter_config.json), README.md (the model card),
-recipe.yaml (what was
-set), reward_curve.csv and reward_curve.png. With `push_to_hub: true` and `hub_model_id` they go to the Hub, as one commit. The
-last line of stdout is one JSON object with the result.
+recipe.yaml (what was set), reward_curve.csv and reward_curve.png. With `push_to_hub: true` and `hub_model_id` they go to the
+Hub, as one commit. The last line of stdout is one JSON object with the result.
 
 parse -> data -> model -> trainer -> train -> save -> push
 """
@@ -17,6 +16,7 @@ parse -> data -> model -> trainer -> train -> save -> push
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -35,7 +35,7 @@ from transformers import ProgressCallback  # noqa: E402
 from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, ModelConfig  # noqa: E402
 
 from peft_tinylora import TinyLoraError  # noqa: E402
-from peft_tinylora.card import Evaluation, Training, command_line, make_card, use_lines, write_card  # noqa: E402
+from peft_tinylora.card import Evaluation, Facts, Training, command_line, use_lines, write_card  # noqa: E402
 from peft_tinylora.describe import MOST_SHOWN, describe  # noqa: E402
 from peft_tinylora.hub import check_access, push  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
@@ -66,13 +66,14 @@ from trl_recipes.problems import (  # noqa: E402
     to_prompts,
 )
 from trl_recipes.rewards import check_rewards, load_rewards  # noqa: E402
-from trl_recipes.score import score_both_ways, score_command  # noqa: E402
+from trl_recipes.score import score_both_ways, score_options  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
     hide_known_noise,
     keep_vector_in_fp32,
     load_model,
     load_tokenizer,
+    quantization_of,
     refuse_rounding_options,
     round_vector,
     save_adapter,
@@ -164,7 +165,9 @@ def main() -> None:
     policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     round_vector(policy, tinylora_args.tinylora_save_dtype)
     # Before scoring, which takes a while: Ctrl-C must not cost the training.
-    save_adapter(trainer, output_dir, load_tokenizer(model_args, training_args.trust_remote_code))
+    save_adapter(
+        trainer, output_dir, load_tokenizer(model_args, training_args.trust_remote_code), keep=curve.path.name
+    )
     after, answers_sha256 = score_both_ways(
         policy, tokenizer, held_out, recipe_args, training_args.max_completion_length
     )
@@ -173,14 +176,10 @@ def main() -> None:
     if not PartialState().is_main_process:
         return
     adapter = describe(output_dir)
-    if hub is not None and hub.base is not None:
-        adapter.config.base_model_name_or_path = hub.base
     question = "YOUR PROMPT" if held_out is None else held_out[0]["prompt"]
-    score_again = None
+    score_with = None
     if held_out is not None:
-        score_again = score_command(
-            output_dir, recipe_args, training_args, model_args, training_args.max_completion_length
-        )
+        score_with = score_options(recipe_args, training_args, model_args, training_args.max_completion_length)
     title = f"{output_dir.name}: GRPO reward"
     picture = output_dir / "reward_curve.png"
     draw_curve(curve.path, picture, title, "reward", before, after, is_share=is_exact_match)
@@ -199,19 +198,17 @@ def main() -> None:
     evaluation = None
     if after is not None:
         evaluation = Evaluation(
-            dataset=recipe_args.eval_dataset_name or names[0],
+            dataset=recipe_args.eval_dataset_name or recipe_args.dataset_name or "a part of the training problems",
             config=None if recipe_args.eval_dataset_name else recipe_args.dataset_config,
             split=recipe_args.dataset_test_split,
             problems=problems,
             before=before,
             after=after,
-            score_again=score_again,
+            score_options=score_with,
             is_whole=recipe_args.max_eval_problems is None,
         )
-    card = make_card(
-        adapter, repository or str(output_dir), training, evaluation, question, training_args.max_completion_length
-    )
-    write_card(output_dir, card, evaluation)
+    facts = Facts(training, evaluation, question, training_args.max_completion_length)
+    card = write_card(output_dir, adapter, str(output_dir), facts)
 
     if not any(adapter.numbers):
         print(
@@ -232,8 +229,8 @@ def main() -> None:
     print(
         f"\nsaved in {output_dir}: the adapter ({adapter_bytes} bytes), README.md, reward_curve.csv, reward_curve.png"
     )
-    if score_again is not None:
-        print(f"score it again: {score_again}")
+    if score_with is not None:
+        print(f"score it again: python trl_recipes/score.py --adapter {shlex.quote(str(output_dir))} {score_with}")
     print(f"try it:\n\n{use_lines(card)}")
 
     # --- push
@@ -282,6 +279,7 @@ def settings_table(
     """Returns the settings that the card shows: those of the adapter, and the training ones that change the result."""
     return asdict(tinylora_args) | {
         "dtype of the base": model_args.dtype,
+        "quantization of the base": quantization_of(model_args),
         "learning rate": f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type.value}",
         "steps": steps,
         "reward": ", ".join(rewards),
@@ -293,6 +291,7 @@ def settings_table(
         "loss": training_args.loss_type,
         "gradient clipping": training_args.max_grad_norm,
         "problems generated at once when scoring": recipe_args.score_batch_size,
+        "processes": training_args.world_size,
         "seed": training_args.seed,
     }
 

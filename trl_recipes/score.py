@@ -1,7 +1,7 @@
 """The fraction of problems that a model solves: greedy, or sampled at temperature 1.
 
 As a library, `score(model, tokenizer, problems)`; the recipes call it before and after training, both ways. As a script
-it reloads a saved adapter in a new process and prints JSON; `score_command` says with which options:
+it reloads a saved adapter in a new process and prints JSON; `score_options` says with which:
 
     python trl_recipes/score.py --adapter outputs/embedded_grpo --dataset trl_recipes/embedded/data/held_out.jsonl
 
@@ -20,7 +20,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggingface_hub is imported
@@ -163,19 +162,17 @@ def score_both_ways(
     return {decoding: scored.fraction for decoding, scored in scores.items()}, scores["greedy"].answers_sha256
 
 
-def score_command(
-    output_dir: Path,
+def score_options(
     recipe_args: RecipeArguments,
     training_args: TrainingArguments,
     model_args: ModelConfig,
     max_completion_length: int,
 ) -> str | None:
-    """Returns the command that measures the held-out accuracy of the saved adapter again; None after a mixture."""
+    """Returns the options that measure the held-out accuracy of a saved adapter again; None after a mixture."""
     dataset = recipe_args.eval_dataset_name or recipe_args.dataset_name
     if dataset is None:  # the held-out part was split off at random
         return None
     options = {
-        "adapter": output_dir,
         "dataset": dataset,
         "dataset_config": None if recipe_args.eval_dataset_name else recipe_args.dataset_config,
         "dataset_split": recipe_args.dataset_test_split,
@@ -192,7 +189,7 @@ def score_command(
     }
     defaults = {f.name: f.default for f in (*fields(ScoreArguments), *fields(ModelConfig))}
     given = [(name, str(value)) for name, value in options.items() if value != defaults[name]]
-    return "python trl_recipes/score.py " + shlex.join(part for name, value in given for part in (f"--{name}", value))
+    return shlex.join(part for name, value in given for part in (f"--{name}", value))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: list) -> dict[str, torch.Tensor]:

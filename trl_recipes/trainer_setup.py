@@ -19,7 +19,8 @@ from trl import GRPOConfig, ModelConfig, get_quantization_config
 
 from peft_tinylora import TinyLoraConfig
 from peft_tinylora.adapter_files import ADAPTER_FILES
-from peft_tinylora.hub import TOKENIZER_FILES, is_changed
+from peft_tinylora.card import FACTS_FILE
+from peft_tinylora.hub import REPORT_FILES, TOKENIZER_FILES, is_changed
 from trl_recipes.arguments import RecipeError, TinyLoraArguments
 from trl_recipes.problems import first_line
 
@@ -81,6 +82,16 @@ def load_model(model_args: ModelConfig, trust_remote_code: bool, extra_kwargs: d
         return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs | (extra_kwargs or {}))
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot load model {model_args.model_name_or_path!r}: {first_line(error)}") from error
+
+
+def quantization_of(model_args: ModelConfig) -> str:
+    """Says how the base is quantized, for the card."""
+    if model_args.load_in_8bit:
+        return "8 bits"
+    if not model_args.load_in_4bit:
+        return "none"
+    nested = ", the scales quantized too" if model_args.use_bnb_nested_quant else ""
+    return f"4 bits, {model_args.bnb_4bit_quant_type}{nested}"
 
 
 def tinylora_config(arguments: TinyLoraArguments, revision: str | None = None) -> TinyLoraConfig:
@@ -176,7 +187,9 @@ def round_vector(model: PeftModel, save_dtype: str) -> None:
         config.save_dtype = save_dtype
 
 
-def save_adapter(trainer: Trainer, output_dir: Path, tokenizer_of_base: PreTrainedTokenizerBase) -> None:
+def save_adapter(
+    trainer: Trainer, output_dir: Path, tokenizer_of_base: PreTrainedTokenizerBase, keep: str | None = None
+) -> None:
     """
     Saves the adapter, config before weights: a folder that holds the weights is finished.
 
@@ -191,13 +204,18 @@ def save_adapter(trainer: Trainer, output_dir: Path, tokenizer_of_base: PreTrain
             The adapter's folder.
         tokenizer_of_base ([`~transformers.PreTrainedTokenizerBase`]):
             The base model's tokenizer, as it was before training.
+        keep (`str`, *optional*):
+            The file of this run that is there already; what an earlier run reported goes with its adapter.
     """
     temporary = output_dir / ".saving"
     trainer.save_model(str(temporary))
     if trainer.is_world_process_zero():
         changed = is_changed(trainer.processing_class, tokenizer_of_base)
+        for name in (*REPORT_FILES, FACTS_FILE):
+            if name != keep:
+                (output_dir / name).unlink(missing_ok=True)
         for name in TOKENIZER_FILES:
-            (output_dir / name).unlink(missing_ok=True)  # of an earlier run
+            (output_dir / name).unlink(missing_ok=True)
             if changed and (temporary / name).exists():
                 os.replace(temporary / name, output_dir / name)
         for name in ADAPTER_FILES:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,12 @@ from hub import loopback
 from hub.machine import Done, Machine, environment
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file, save
 from support import fill_vectors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_tinylora import TinyLoraConfig
-from peft_tinylora.card import Evaluation, Training, make_card, write_card
+from peft_tinylora.card import Evaluation, Facts, Training, write_card
 from peft_tinylora.describe import describe
 
 
@@ -29,7 +30,10 @@ EMBEDDED = ROOT / "trl_recipes" / "embedded" / "model"
 PROMPT = "Problem: Ben has 28 euros saved. He spends 7. How many euros are left?\nSolution:"
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 REPORT = {"README.md", "recipe.yaml", "reward_curve.csv", "reward_curve.png"}
-RESULTS = {".eval_results/gsm8k.yaml", ".eval_results/gsm8k_sampled.yaml"}
+RESULTS = {".eval_results/peft_tinylora_gsm8k.yaml"}
+CONFIG = TinyLoraConfig(
+    u=1, tie="tiled", n_tie=4, target_modules="all-linear", task_type="CAUSAL_LM", basis_repo="user/basis"
+)
 ANSWER = f"""
 import torch
 from transformers import AutoTokenizer
@@ -51,19 +55,22 @@ def folder(tmp_path_factory) -> Path:
 def adapter(folder) -> Path:
     """An adapter of the embedded model as a recipe leaves it, with a Hub dataset, and with what is not to be pushed."""
     base = AutoModelForCausalLM.from_pretrained(EMBEDDED)
-    config = TinyLoraConfig(
-        u=1, tie="tiled", n_tie=4, target_modules="all-linear", task_type="CAUSAL_LM", basis_repo="user/basis"
-    )
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, CONFIG)
     fill_vectors(model, scale=0.3)
     model.peft_config["default"].base_model_name_or_path = "user/base"
     path = folder / "trained"
     model.save_pretrained(path)
     training = Training("GRPO", ["openai/gsm8k"], "reward", {"seed": 7}, "python grpo.py", has_config_file=True)
     evaluation = Evaluation(
-        "openai/gsm8k", 1319, {"greedy": 0.4, "sampled": 0.3}, {"greedy": 0.91234, "sampled": 0.6}, "main", "test"
+        dataset="openai/gsm8k",
+        config="main",
+        split="test",
+        problems=1319,
+        before={"greedy": 0.4, "sampled": 0.3},
+        after={"greedy": 0.91234, "sampled": 0.6},
+        score_options="--dataset openai/gsm8k",
     )
-    write_card(path, make_card(describe(path), str(path), training, evaluation, PROMPT, 40), evaluation)
+    write_card(path, describe(path), str(path), Facts(training, evaluation, PROMPT, 40))
     (path / "recipe.yaml").write_text("learning_rate: 0.03\n")
     (path / "reward_curve.csv").write_text("step,reward\n1,0.5\n")
     (path / "reward_curve.png").write_bytes(b"\x89PNG")
@@ -117,6 +124,11 @@ def copy_of(adapter: Path, folder: Path) -> Path:
     return Path(shutil.copytree(adapter, folder / "copy"))
 
 
+def pushed(hub, trainer: Machine, adapter: Path, *options: str) -> None:
+    done = trainer.command("push", adapter, "user/x", *options)
+    assert done.status == 0, done.stderr
+
+
 def refused(done: Done, *parts: str) -> None:
     """A command that failed with one line that says all these, without the token."""
     assert done.status == 1, done.stdout
@@ -156,11 +168,16 @@ def test_a_push_of_what_is_there_makes_no_commit_and_sends_no_file(hub, trainer,
 def test_files_of_an_earlier_push_that_are_gone_are_removed_and_what_others_added_stays(
     hub, trainer, adapter, tmp_path
 ) -> None:
-    hub.repositories["user/x"] = {"tokenizer.json": b"{}", "loss_curve.png": b"old", "figure.pdf": b"of somebody"}
+    hub.repositories["user/x"] = {
+        **dict.fromkeys(
+            ("tokenizer.json", "loss_curve.png", ".eval_results/peft_tinylora_aime.yaml"), b"of an earlier push"
+        ),
+        **dict.fromkeys(("figure.pdf", ".eval_results/mmlu.yaml"), b"of somebody"),
+    }
     smaller = copy_of(adapter, tmp_path)
-    shutil.rmtree(smaller / ".eval_results")
+    write_card(smaller, describe(smaller), "here", Facts())
     assert trainer.command("push", smaller, "user/x").status == 0
-    assert hub.repositories["user/x"].keys() == ADAPTER | REPORT | {"figure.pdf"}
+    assert hub.repositories["user/x"].keys() == ADAPTER | REPORT | {"figure.pdf", ".eval_results/mmlu.yaml"}
 
 
 def test_a_tokenizer_is_pushed_where_it_is_not_that_of_the_base(hub, trainer, adapter, tmp_path) -> None:
@@ -210,7 +227,7 @@ def test_a_push_that_fails_leaves_both_sides_as_they_were_and_says_how_to_push_a
     refused(
         trainer.command("push", adapter, "user/x", "--revision", "v2"),
         "the Hub answered 500",
-        f"to push it again: peft-tinylora push {adapter} user/x --revision v2",
+        f"to push it again: peft-tinylora push {shlex.quote(str(adapter))} user/x --revision v2",
     )
     assert contents(adapter) == before
     assert not hub.repositories["user/x"] and not hub.files("user/x", "v2")
@@ -230,13 +247,16 @@ def test_what_the_hub_refuses_is_said_in_one_line(hub, trainer, adapter) -> None
     refused(trainer.command("push", adapter, "no/such/id"), "like 'user/name'")
     hub.repositories["user/model"] = {"config.json": b"{}", "model.safetensors": b"0"}
     refused(trainer.command("push", adapter, "user/model"), "user/model holds a model", "another name")
+    hub.repositories["user/open"] = {}
+    refused(trainer.command("push", adapter, "user/open", "--private"), "user/open is public already")
+    assert not hub.repositories["user/open"]
     assert hub.repositories["user/model"] == {"config.json": b"{}", "model.safetensors": b"0"}
     assert not hub.repositories.get("user/x")
 
 
 def test_two_machines_that_push_at_once_both_push_a_whole_adapter(hub, trainer, user, adapter, tmp_path) -> None:
     other = copy_of(adapter, tmp_path)
-    shutil.rmtree(other / ".eval_results")
+    write_card(other, describe(other), "here", Facts())
     (other / "recipe.yaml").write_text("learning_rate: 0.1\n")
     for _ in range(3):
         trainer.start(["push", str(adapter), "user/x"])
@@ -247,7 +267,17 @@ def test_two_machines_that_push_at_once_both_push_a_whole_adapter(hub, trainer, 
         assert files.keys() == (ADAPTER | REPORT | RESULTS if mine else ADAPTER | REPORT)
 
 
-def test_what_must_not_be_published_is_refused_before_anything_is_sent(hub, trainer, adapter, tmp_path) -> None:
+@pytest.fixture(scope="module")
+def other(folder) -> Path:
+    """An adapter with the same config and other numbers."""
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(EMBEDDED), CONFIG)
+    fill_vectors(model, scale=0.3, seed=1)
+    model.peft_config["default"].base_model_name_or_path = "user/base"
+    model.save_pretrained(folder / "other")
+    return folder / "other"
+
+
+def test_what_must_not_be_published_is_refused_before_anything_is_sent(hub, trainer, adapter, other, tmp_path) -> None:
     sent = len(hub.requests)
     leaking = copy_of(adapter, tmp_path)
     (leaking / "recipe.yaml").write_text("env:\n  X: hf_secret\n")
@@ -257,7 +287,13 @@ def test_what_must_not_be_published_is_refused_before_anything_is_sent(hub, trai
     (leaking / "recipe.yaml").unlink()
 
     config = json.loads((adapter / "adapter_config.json").read_text())
-    for base, said in ((str(EMBEDDED), "names a folder of this machine"), (None, "does not name its base model")):
+    bases = {
+        str(EMBEDDED): "names a folder of this machine",
+        "models/qwen": "names models/qwen as its base model, which is not on the Hub",
+        "C:\\models\\qwen": "which is not on the Hub",
+        None: "does not name its base model",
+    }
+    for base, said in bases.items():
         (leaking / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
         refused(trainer.command("push", leaking, "user/x"), said, "--base user/name")
     (leaking / "adapter_config.json").write_text(json.dumps(config))
@@ -267,6 +303,9 @@ def test_what_must_not_be_published_is_refused_before_anything_is_sent(hub, trai
         (leaking / "adapter_model.safetensors").write_bytes(data)
         refused(trainer.command("push", leaking, "user/x"), said)
     (leaking / "adapter_model.safetensors").write_bytes(weights)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # of another run, whose card was not written
+        shutil.copy(other / name, leaking / name)
+    refused(trainer.command("push", leaking, "user/x"), "README.md is of other numbers")
     (leaking / "README.md").write_text("---\ntags: [\n---\n")
     refused(trainer.command("push", leaking, "user/x"), "README.md cannot be read", "mend or remove it")
     refused(trainer.command("push", tmp_path, "user/x"), "has no adapter_config.json")
@@ -277,16 +316,21 @@ def test_an_adapter_of_a_local_base_is_pushed_with_the_id_that_is_named(hub, tra
     local = copy_of(adapter, tmp_path)
     config = json.loads((adapter / "adapter_config.json").read_text())
     (local / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(EMBEDDED)}))
-    write_card(local, make_card(describe(local), str(local)), None)
-    assert trainer.command("push", local, "user/x", "--base", "user/base").status == 0
+    write_card(local, describe(local), str(local), Facts())
+    pushed(hub, trainer, local, "--base", "user/base")
     files = hub.repositories["user/x"]
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "user/base"
     card = ModelCard(files["README.md"].decode())
     assert card.data.base_model == "user/base" and "base_model:adapter:user/base" in card.data.tags
-    assert str(EMBEDDED) not in card.content
+    assert "on top of `user/base`" in card.text
+    for text in (str(EMBEDDED), "trl_recipes/embedded", str(local)):
+        assert text not in card.content
 
 
-@pytest.mark.parametrize("readme", [None, "# Mine\n", "## Model [More Information Needed]\n"])
+@pytest.mark.parametrize(
+    "readme",
+    [None, "# Mine\n[More Information Needed]\n", "# Model Card for Model ID\n" + "[More Information Needed]\n" * 30],
+)
 def test_a_card_is_made_where_there_is_none_and_somebodys_own_is_kept(
     hub, trainer, adapter, tmp_path, readme: str | None
 ) -> None:
@@ -296,7 +340,7 @@ def test_a_card_is_made_where_there_is_none_and_somebodys_own_is_kept(
         (copy / "README.md").write_text(readme)
     assert trainer.command("push", copy, "user/x").status == 0
     text = hub.repositories["user/x"]["README.md"].decode()
-    assert (text == readme) if readme == "# Mine\n" else "13 trained numbers on top of `user/base`" in text
+    assert (text == readme) if readme and "Mine" in readme else "13 trained numbers on top of `user/base`" in text
     assert contents(copy).get("README.md") == (None if readme is None else readme.encode())
 
 
@@ -310,8 +354,41 @@ def test_the_card_of_the_hub_is_read_by_its_own_parsers(hub, trainer, adapter) -
         ("openai/gsm8k", "main", 0.9123),
         ("openai/gsm8k", "main", 0.6),
     ]
-    [entry] = yaml.safe_load(files[".eval_results/gsm8k.yaml"])
+    [entry] = yaml.safe_load(files[".eval_results/peft_tinylora_gsm8k.yaml"])
     assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "main"} and entry["value"] == 91.23
+
+
+def test_the_tokenizer_of_an_adapter_goes_with_its_exports(hub, trainer, user, adapter, tmp_path, folder) -> None:
+    changed = copy_of(adapter, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(changed)
+    pushed(hub, trainer, changed)
+    for to in ("merged", "lora", "compact"):
+        done = user.command("export", "user/x", f"with_tokenizer_{to}", "--to", to)
+        assert done.status == 0, done.stderr
+        exported = AutoTokenizer.from_pretrained(folder / "user" / f"with_tokenizer_{to}")
+        assert exported.chat_template == "{{ messages }}"
+
+
+def test_an_export_is_of_the_revision_of_the_base_that_the_adapter_was_trained_on(
+    hub, trainer, user, adapter, tmp_path, folder
+) -> None:
+    hub.create_branch("user/base", "v2")
+    moved = load(hub.repositories["user/base"]["model.safetensors"])
+    hub.repositories["user/base"]["model.safetensors"] = save(
+        {name: 2 * t for name, t in moved.items()}, {"format": "pt"}
+    )
+    old = copy_of(adapter, tmp_path)
+    config = json.loads((old / "adapter_config.json").read_text())
+    (old / "adapter_config.json").write_text(json.dumps(config | {"revision": "v2"}))
+    pushed(hub, trainer, old)
+    done = user.command("export", "user/x", "of_v2", "--to", "merged")
+    assert done.status == 0, done.stderr
+    merged = load_file(folder / "user" / "of_v2" / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(merged, moved["model.embed_tokens.weight"])
+    code = re.search(r"```python\n(.*?)```", hub.repositories["user/x"]["README.md"].decode(), re.DOTALL).group(1)
+    assert "Solution:" in user.script(code)
 
 
 LOADERS = {
@@ -334,11 +411,6 @@ def by_id(user: Machine, loader: str) -> list[str]:
     printed = user.script(f"{ANSWER}\nfrom transformers import AutoModelForCausalLM{LOADERS[loader]}\nanswer(model)")
     *text, logits = printed.strip().splitlines()
     return ["\n".join(text), logits]
-
-
-def pushed(hub, trainer: Machine, adapter: Path, *options: str) -> None:
-    done = trainer.command("push", adapter, "user/x", *options)
-    assert done.status == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -392,6 +464,9 @@ def test_a_revision_is_a_branch_or_a_commit_and_one_that_is_not_there_is_named(
     other = copy_of(adapter, tmp_path)
     tensors = load_file(other / "adapter_model.safetensors")
     assert trainer.command("push", other, "user/x", "--revision", "more/steps").status == 0
+    readme = hub.files("user/x", "more/steps")["README.md"].decode()
+    assert 'revision="more/steps"' in readme and "--revision more/steps" in readme
+    assert "revision" not in hub.repositories["user/x"]["README.md"].decode()
     hub.repositories["user/x"].clear()
     for revision in (first, "more/steps"):
         seen = user.command("inspect", "user/x", "--revision", revision)
@@ -478,11 +553,36 @@ def test_pulling_gives_the_files_that_were_pushed_and_no_others(hub, trainer, us
     found = contents(folder / "user" / "pulled")
     assert found == {name: hub.repositories["user/x"][name] for name in ADAPTER | REPORT | RESULTS}
     assert "13 numbers in float32" in pulled.stdout and "49: down_proj" in pulled.stdout
-    refused(user.command("pull", "user/x", "pulled"), "holds an adapter already", "another folder")
+    refused(user.command("pull", "user/x", "pulled"), "already", "another folder")
     again = user.command("push", "pulled", "user/y")
-    assert again.status == 0 and "user/y" in hub.repositories
-    assert hub.repositories["user/y"]["README.md"].count(b"user/y") >= 2
-    assert b'"user/x"' not in hub.repositories["user/y"]["README.md"]
+    assert again.status == 0 and hub.repositories["user/y"] == found
+
+
+def test_pulling_into_a_project_adds_the_files_or_changes_nothing(hub, trainer, user, adapter, folder) -> None:
+    pushed(hub, trainer, adapter)
+    project = folder / "user" / "project"
+    project.mkdir()
+    (project / "README.md").write_text("mine")
+    refused(user.command("pull", "user/x", "project"), "has a file README.md already")
+    assert contents(project) == {"README.md": b"mine"}
+    (project / "README.md").rename(project / "NOTES.md")
+    (project / "deep").mkdir()
+    user.script(f"import os\nos.chdir({str(project)!r})")
+    done = user.command("pull", "user/x", ".")
+    user.script(f"import os\nos.chdir({str(folder / 'user')!r})")
+    assert done.status == 0 and contents(project).keys() == ADAPTER | REPORT | RESULTS | {"NOTES.md"}
+    assert not [path for path in (folder / "user").iterdir() if path.name.startswith(".project")]
+
+
+def test_a_folder_of_the_same_name_is_not_taken_for_the_repository(hub, trainer, user, adapter, folder) -> None:
+    pushed(hub, trainer, adapter)
+    hub.repositories["user/x"]["adapter_model.safetensors"] = b"garbage"
+    shutil.copytree(adapter, folder / "user" / "user" / "x")
+    try:
+        refused(user.command("pull", "user/x", "unsound"), "user/x/adapter_model.safetensors is cut short")
+    finally:
+        shutil.rmtree(folder / "user" / "user")
+    assert not (folder / "user" / "unsound").exists()
 
 
 def test_the_push_of_peft_and_of_transformers_can_be_loaded_too(hub, trainer, user, adapter, here) -> None:

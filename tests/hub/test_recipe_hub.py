@@ -1,6 +1,7 @@
 """The recipes push what they trained; somebody else downloads it by its id and gets the same answers."""
 
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -63,6 +64,8 @@ def test_trained_and_pushed_here_and_the_same_answers_elsewhere_by_its_id(hub, t
     assert sum("/commit/" in request for request in hub.requests) == 1
     assert hub.private == {"user/trained"} and result["pushed"].endswith(hub.commit_of("user/trained"))
     readme = files["README.md"].decode()
+    assert str(tmp_path) not in readme + files["recipe.yaml"].decode()
+    assert "score.py --adapter user/trained" in readme
     assert "base_model: user/base" in readme and '"user/trained"' in readme
     assert f"trl_recipes/{recipe}.py --config" in files["recipe.yaml"].decode().splitlines()[0]
     for text in (done.stdout, done.stderr, *(content.decode("latin1") for content in files.values())):
@@ -81,7 +84,7 @@ def test_trained_and_pushed_here_and_the_same_answers_elsewhere_by_its_id(hub, t
 
 @pytest.mark.recipe
 def test_a_push_that_fails_leaves_the_result_whole_and_the_command_that_it_names_pushes_it(hub, tmp_path) -> None:
-    hub.faults = {"/preupload/": [403]}
+    hub.faults = {"/commit/": [403]}
     local = ("--model_name_or_path", str(EMBEDDED / "model"), "--hub_base_model", "user/base", *TO_HUB)
     done = train(hub, tmp_path / "trainer", "sft", tmp_path / "out", *local)
     assert done.returncode == 1
@@ -90,13 +93,14 @@ def test_a_push_that_fails_leaves_the_result_whole_and_the_command_that_it_names
     assert error.startswith("error: user/trained: the token may not do this (403)")
     assert (tmp_path / "out").joinpath("README.md").exists() and not hub.repositories["user/trained"]
 
-    command = error.partition("to push it again: peft-tinylora ")[2].split()
+    command = shlex.split(error.partition("to push it again: peft-tinylora ")[2])
     pushed = run(hub, tmp_path / "trainer", "-m", "peft_tinylora.cli", *command)
     assert pushed.returncode == 0, pushed.stderr
     files = hub.repositories["user/trained"]
     assert files.keys() == ADAPTER | {"loss_curve.csv", "loss_curve.png"}
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "user/base"
-    assert str(EMBEDDED) not in files["README.md"].decode().partition("\n## How it was made")[0]
+    for text in (files["README.md"].decode(), files["recipe.yaml"].decode()):
+        assert str(EMBEDDED) not in text and str(tmp_path) not in text
 
 
 WRONG = {
@@ -105,6 +109,10 @@ WRONG = {
         "the Hub does not know the token (401)",
     ),
     "a base that nobody else has": ((), "hub_base_model"),
+    "a repository that is a model's": (
+        ("--hub_base_model", "user/base", "--hub_model_id", "user/base"),
+        "holds a model",
+    ),
     "checkpoints too": (("--hub_base_model", "user/base", "--hub_strategy", "all_checkpoints"), "hub_strategy"),
 }
 
