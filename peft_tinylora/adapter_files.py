@@ -2,17 +2,11 @@
 
 Only `adapter_config.json` and `adapter_model.safetensors` are ever asked for: no pickle is read, and no name that stands
 in a downloaded file becomes a path. What only the base model can tell (the basis, the modules) is checked on loading.
-
-Who made the files may mean harm. So sizes are looked at before anything of that size is made, and regular expressions are
-tried where they can be stopped.
 """
 
 import json
-import re
-import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
 
@@ -41,25 +35,8 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
-MOST_CONFIG_BYTES = 30_000_000  # as JSON, 1 GB at worst; a fingerprint takes 14 bytes a module at r=2, 350 at r=64
 FLOATING = ("F64", "F32", "F16", "BF16")  # what v may be stored in, by safetensors' names
-MOST_NAMES = 1000  # in a list of the config, or as many as the model has modules: PEFT compares each with each
-MOST_PATTERN_CHARACTERS = 1_000_000
-MOST_PATTERN_SECONDS = 3
-
-# Reads [[., ., match or fullmatch, pattern], ...] and [name, ...]; says which pattern it is at, and what is wrong with it.
-TRY_PATTERNS = """
-import json, re, sys
-patterns, names = json.load(sys.stdin)
-for index, (*_, how, pattern) in enumerate(patterns):
-    print(index, flush=True)
-    try:
-        found = getattr(re.compile(pattern), how)
-    except (re.error, RecursionError, OverflowError) as error:
-        sys.exit(f"is no regular expression ({str(error)[:80]})")
-    for name in names:
-        found(name)
-"""
+MOST_CONFIG_BYTES = 30_000_000  # as JSON, 1 GB at worst; a fingerprint takes 14 bytes a module at r=2, 350 at r=64
 
 
 def find_adapter(
@@ -209,83 +186,6 @@ def check_weights(path: Path, config: TinyLoraConfig) -> dict[str, tuple[int, ..
                     "download it again."
                 )
     return shapes
-
-
-def check_names(config: TinyLoraConfig, names: Sequence[str]) -> None:
-    """Check that names and patterns of a config that was read from a file can be looked for in a model within seconds.
-
-    Python's `re` cannot be told to give up, and a pattern of ten characters can keep it busy for years. So patterns are
-    tried by a process of its own, as PEFT will use them.
-
-    Args:
-        config ([`TinyLoraConfig`]): the adapter's.
-        names (`Sequence[str]`): of the model's modules.
-
-    Raises:
-        AdapterFileError: if a list is far longer than the model, or a pattern is no regular expression, or takes too long;
-            names the field.
-    """
-    if not config._from_file:
-        return
-    most = max(MOST_NAMES, len(names))
-    for field in (
-        "target_modules",
-        "exclude_modules",
-        "target_parameters",
-        "modules_to_save",
-        "layers_pattern",
-        "tie",
-    ):
-        value = getattr(config, field)
-        if not isinstance(value, (str, type(None))) and len(value) > most:
-            raise AdapterFileError(
-                f"{field} in adapter_config.json has {len(value)} entries, and this model has {len(names)} modules. Nothing "
-                "was loaded. Load the file with the config it was saved with."
-            )
-    # A plain name is matched at once.
-    patterns = [row for row in _patterns(config) if not re.fullmatch(r"[\w.\\-]{0,200}", row[1])]
-    for field, pattern, _, _ in patterns:
-        if len(pattern) > MOST_PATTERN_CHARACTERS:
-            raise AdapterFileError(
-                f"{field}={shortened(pattern)} in adapter_config.json has {len(pattern)} characters, and at most "
-                f"{MOST_PATTERN_CHARACTERS} are tried. Name the modules in a list."
-            )
-    if not patterns:
-        return
-    command = [spawn.get_executable(), "-I", "-S", "-c", TRY_PATTERNS]
-    work = json.dumps([patterns, names])
-    try:
-        done = subprocess.run(
-            command, input=work, capture_output=True, text=True, timeout=MOST_PATTERN_SECONDS, check=False
-        )
-        said, reached = done.stderr.strip(), done.stdout
-        problem = said.splitlines()[-1] if done.returncode else None
-    except subprocess.TimeoutExpired as error:
-        problem = f"takes more than {MOST_PATTERN_SECONDS} s to be matched with the names of this model's modules"
-        reached = (error.stdout or b"").decode()
-    if problem is not None:
-        field, pattern, _, _ = patterns[int((reached.split() or ["0"])[-1])]
-        raise AdapterFileError(
-            f"{field}={shortened(pattern)} in adapter_config.json {problem}. Nothing was loaded. Name the modules in a "
-            "list, or with a simpler pattern."
-        )
-
-
-def _patterns(config: TinyLoraConfig) -> Iterator[tuple[str, str, str, str]]:
-    """Field, pattern, method of `re` and what that gets, of all that is matched with the names of modules."""
-    for field in ("target_modules", "exclude_modules"):
-        pattern = getattr(config, field)
-        if isinstance(pattern, str):
-            yield field, pattern, "fullmatch", pattern
-    if isinstance(config.tie, dict):
-        for pattern in config.tie.values():
-            yield "tie", pattern, "fullmatch", pattern
-    # PEFT puts these two into patterns of its own.
-    layers = config.layers_pattern or []
-    for pattern in [layers] if isinstance(layers, str) else layers:
-        yield "layers_pattern", pattern, "match", rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\."
-    for pattern in config.modules_to_save or []:
-        yield "modules_to_save", pattern, "match", rf"(^|.*\.){pattern}($|\..*)"
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

@@ -36,8 +36,8 @@ from .weight import (
 )
 
 
-# Of all modules together, 4.3 GB in fp32. The paper's largest, u=512 on 196 modules, has 401,408.
-MOST_PROJECTION_NUMBERS = 2**30
+# Of all modules together, 1.1 GB in fp32. The paper's largest, u=512 on 196 modules, has 401,408.
+MOST_PROJECTION_NUMBERS = 2**28
 
 
 class Assignment(NamedTuple):

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from . import hub
 from .adapter_files import find_adapter
+from .card import is_hub_id
 from .cli_basis import add_basis_commands, add_loading_options, load_base
 from .describe import Description, describe, lines
 from .errors import BasisError, TinyLoraError
@@ -112,6 +113,9 @@ def export_folder(options: argparse.Namespace) -> int:
     name = options.base or config.base_model_name_or_path
     if name is None:
         raise BasisError(f"{options.adapter} names no base model: say which with --base.")
+    if not (options.base or Path(options.adapter).is_dir() or is_hub_id(name)):
+        # What somebody else's file names is not opened here.
+        raise BasisError(f"{options.adapter} names {name[:100]!r} as its base model, a path: say which with --base.")
     load_as_trained(options, found)
     report = export_adapter(
         options.adapter,

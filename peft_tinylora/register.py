@@ -9,7 +9,8 @@ imports at each call, and `load_adapter` itself, after which the loaded tensors 
 wrapped too: it passes the tensors of a file on without the config beside them, which says what they belong to.
 
 An adapter of the Hub may be anybody's. So what loads one is wrapped once more, to look at the files before PEFT does:
-`PeftModel.from_pretrained`, after whose failure the base model is as before, and `PeftConfig.from_json_file`.
+`PeftModel.from_pretrained`, after whose failure the base model is as before, and `PeftConfig.from_json_file`. Pickled
+weights are not read, and so `PeftModel.save_pretrained` does not write them.
 """
 
 import functools
@@ -32,12 +33,13 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapter_files import check_names, check_weights, find_weights, read_fields
+from .adapter_files import read_fields
 from .checkpoint import check_loaded, damaged_file, unpack_file
 from .config import TinyLoraConfig, shortened
 from .errors import AdapterFileError, ConfigError, TinyLoraError
 from .layer import TinyLoraLayer
 from .model import TinyLoraModel
+from .untrusted import check_files
 
 
 # The first version whose BaseTuner has the hooks for saving and loading that model.py overrides.
@@ -66,6 +68,7 @@ def register() -> None:
     _in_place_of["peft_load"] = peft.PeftModel.load_adapter
     _in_place_of["from_pretrained"] = vars(peft.PeftModel)["from_pretrained"]
     _in_place_of["from_json_file"] = vars(PeftConfigMixin)["from_json_file"]
+    _in_place_of["save"] = peft.PeftModel.save_pretrained
     PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.TINYLORA] = TinyLoraConfig
     PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.TINYLORA] = TinyLoraModel
     peft.inject_adapter_in_model = _inject_adapter_in_model
@@ -73,6 +76,7 @@ def register() -> None:
     peft.PeftModel.load_adapter = _load_adapter_of_peft
     peft.PeftModel.from_pretrained = classmethod(_from_pretrained)
     PeftConfigMixin.from_json_file = classmethod(_from_json_file)
+    peft.PeftModel.save_pretrained = _save_pretrained
 
 
 def unregister() -> None:
@@ -86,6 +90,7 @@ def unregister() -> None:
     peft.PeftModel.load_adapter = _in_place_of["peft_load"]
     peft.PeftModel.from_pretrained = _in_place_of["from_pretrained"]
     PeftConfigMixin.from_json_file = _in_place_of["from_json_file"]
+    peft.PeftModel.save_pretrained = _in_place_of["save"]
     _in_place_of.clear()
 
 
@@ -109,6 +114,19 @@ def _inject_adapter_in_model(
     return TinyLoraModel(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict).model
 
 
+@functools.wraps(peft.PeftModel.save_pretrained)
+def _save_pretrained(self: peft.PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+    original = _in_place_of["save"]
+    is_safe = (
+        inspect.signature(original)
+        .bind(self, save_directory, *args, **kwargs)
+        .arguments.get("safe_serialization", True)
+    )
+    if not is_safe and isinstance(self.base_model, TinyLoraModel):
+        raise ConfigError("safe_serialization=False would write a pickle, which is not read again: leave it out.")
+    return original(self, save_directory, *args, **kwargs)
+
+
 @functools.wraps(PeftConfigMixin.from_json_file.__func__)
 def _from_json_file(cls: type[peft.PeftConfig], path_json_file: str, **kwargs: Any) -> dict[str, Any]:
     read_fields(path_json_file)
@@ -123,7 +141,7 @@ def _from_pretrained(cls: type[peft.PeftModel], model: nn.Module, model_id: str,
     config = arguments.get("config") or _saved_config(model_id, options)
     if not isinstance(config, TinyLoraConfig):
         return original(cls, model, model_id, *args, **kwargs)
-    _check_files(model, config, model_id, options, kwargs.get("ignore_mismatched_sizes", False))
+    check_files(model, config, model_id, options, kwargs.get("ignore_mismatched_sizes", False))
     with _as_before_if_it_fails(model, model_id):
         return original(cls, model, model_id, *args, **kwargs)
 
@@ -140,7 +158,7 @@ def _load_adapter_of_peft(self: peft.PeftModel, model_id: str, adapter_name: str
             # One that is there already has its own config, by which the file's modules are not looked for.
             own = self.peft_config[adapter_name] if was_there else config
             if isinstance(own, TinyLoraConfig):
-                _check_files(tuner.model, own, model_id, options, kwargs.get("ignore_mismatched_sizes", False))
+                check_files(tuner.model, own, model_id, options, kwargs.get("ignore_mismatched_sizes", False))
             return _in_place_of["peft_load"](self, model_id, adapter_name, *args, **kwargs)
     except Exception:
         if not was_there:
@@ -158,47 +176,6 @@ def _forget_second(model: peft.PeftModel, adapter_name: str) -> None:
     vectors.forget_adapter(adapter_name)
     if adapter_name in vectors:
         del vectors[adapter_name]
-
-
-def _check_files(
-    model: nn.Module,
-    config: TinyLoraConfig,
-    source: str,
-    options: Mapping[str, Any],
-    ignore_mismatched_sizes: bool = False,
-) -> Path:
-    """The file of an adapter's weights, once it and the config are known to ask for no more than the file holds."""
-    path = find_weights(source, **options)
-    try:
-        in_file = check_weights(path, config)
-    except SafetensorError as error:
-        raise damaged_file(error) from error
-    names = [name for name, _ in model.named_modules()]
-    check_names(config, names)
-    for wanted in config.modules_to_save or []:  # PEFT copies each of them, which may be the whole model
-        copied = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
-        copied = [name for name in copied if any(True for _ in model.get_submodule(name).parameters())]
-        if copied and not any(f"{name}." in key for name in copied for key in in_file):
-            raise AdapterFileError(
-                f"modules_to_save={shortened(config.modules_to_save)} in adapter_config.json: the adapter file has no "
-                f"tensor of {shortened(wanted)}. Nothing was loaded. Load the file with the config it was saved with."
-            )
-    if not ignore_mismatched_sizes:
-        _check_shapes(model, in_file)
-    return path
-
-
-def _check_shapes(model: nn.Module, in_file: Mapping[str, tuple[int, ...]]) -> None:
-    # Of a state dict that does not fit, torch loads what does before it says so, and the base model would be changed.
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors}
-    for key, shape in in_file.items():
-        name = key.removeprefix("base_model.model.")
-        if shapes.get(name, shape) != shape:
-            raise AdapterFileError(
-                f"The adapter file does not fit this base model: {name} has shape {shape} in it and {shapes[name]} in the "
-                "model. Nothing was loaded. Load it onto the base model that adapter_config.json names."
-            )
 
 
 @contextmanager
@@ -305,7 +282,7 @@ def _unpack_file(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     arguments["peft_config"] = config
     if tensors is None:
         ignores_sizes = getattr(load_config, "ignore_mismatched_sizes", False) or more.get("ignore_mismatched_sizes")
-        path = _check_files(model, config, folder, _hub_options(options), bool(ignores_sizes))
+        path = check_files(model, config, folder, _hub_options(options), bool(ignores_sizes))
         try:
             tensors = safetensors.torch.load_file(path)
         except SafetensorError as error:

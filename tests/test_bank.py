@@ -180,7 +180,7 @@ OTHERS = {
     "other modules": (AdapterFileError, {"target_modules": ["q_proj", "up_proj"]}, "its modules are not those of"),
     "another rank": (AdapterFileError, {"r": 3}, "The fingerprint in adapter_config.json has"),
     "more numbers": (ValueError, {"u": 2}, "projection"),
-    "portable": (AdapterFileError, {"save_basis": True}, "is not in the compact form, .*`peft-tinylora convert --to compact`"),
+    "portable": (AdapterFileError, {"save_basis": True}, "is not in the compact form, .*`peft-tinylora export --to compact`"),
     "modules saved whole": (AdapterFileError, {"modules_to_save": ["lm_head"]}, r"has more than v \(.*lm_head"),
 }  # fmt: skip
 
