@@ -2,12 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 
+ROOT = Path(__file__).resolve().parents[2]
+EMBEDDED = ROOT / "trl_recipes" / "embedded" / "model"
+PROMPT = "Problem: Ben has 28 euros saved. He spends 7. How many euros are left?\nSolution:"
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+REPORT = {"README.md", "recipe.yaml", "reward_curve.csv", "reward_curve.png"}
+RESULTS = {".eval_results/peft_tinylora_gsm8k.yaml"}
 WORKER = """
 import contextlib, io, json, sys, time, traceback
 waits, sleep, space = [], time.sleep, {}
@@ -96,3 +103,26 @@ class Machine:
         """End the process."""
         self.process.stdin.close()
         self.process.wait(timeout=30)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copy_of(adapter: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(adapter, folder / "copy"))
+
+
+def pushed(hub: Any, trainer: Machine, adapter: Path, *options: str) -> None:
+    done = trainer.command("push", adapter, "user/x", *options)
+    assert done.status == 0, done.stderr
+
+
+def refused(done: Done, *parts: str) -> None:
+    """A command that failed with one line that says all these, without the token."""
+    assert done.status == 1, done.stdout
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line, line
+    assert "hf_secret" not in done.stdout + done.stderr

@@ -1,6 +1,5 @@
 """A bank of adapters from the Hub, by the real client, over a loopback server."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -9,15 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub import loopback
 from peft import get_peft_model
 from support import fill_vectors, make_tiny_llama
 
 from peft_tinylora import TinyLoraConfig
 
-
-spec = importlib.util.spec_from_file_location("loopback", Path(__file__).parent / "loopback.py")
-loopback = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(loopback)
 
 USE = """
     import sys, torch

@@ -1,6 +1,5 @@
 """Basis files pushed to a Hub and fetched from it, by the real client, over a loopback server."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,12 +7,9 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from hub import loopback
 from support import make_tiny_llama
 
-
-spec = importlib.util.spec_from_file_location("loopback", Path(__file__).parent / "loopback.py")
-loopback = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(loopback)
 
 # A machine: a folder with caches of its own.
 SETUP = """

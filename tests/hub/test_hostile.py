@@ -25,7 +25,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load, save
 from support import fill_vectors, make_tiny_llama
 
-from peft_tinylora import AdapterBank, TinyLoraConfig, adapter_files, compact
+from peft_tinylora import AdapterBank, TinyLoraConfig, compact, untrusted
 from peft_tinylora.errors import TinyLoraError
 
 
@@ -313,9 +313,9 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 from support import make_tiny_llama
-from peft_tinylora import AdapterBank, adapter_files, cli
+from peft_tinylora import AdapterBank, cli, untrusted
 from peft_tinylora.errors import TinyLoraError
-adapter_files.MOST_PATTERN_SECONDS = 0.7
+untrusted.MOST_PATTERN_SECONDS = 0.7
 
 opened, watched = [], [False]
 def watch(event, arguments):
@@ -471,7 +471,7 @@ LOCAL: dict[str, Callable[[Path, torch.nn.Module], Any]] = {
 
 @pytest.mark.parametrize("way", LOCAL)
 def test_a_hostile_folder_does_nothing_but_fail(folder, monkeypatch, way: str) -> None:
-    monkeypatch.setattr(adapter_files, "MOST_PATTERN_SECONDS", 0.7)
+    monkeypatch.setattr(untrusted, "MOST_PATTERN_SECONDS", 0.7)
     wrong = []
     for name, case in CASES.items():
         if way not in case.ways or case.message is None or way in case.theirs:

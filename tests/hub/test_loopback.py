@@ -1,13 +1,13 @@
 """The loopback Hub answers the real client as the Hub does, and its faults are what the client takes them for."""
 
 import hashlib
-import importlib.util
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
 import pytest
+from hub import loopback
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -25,10 +25,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-
-spec = importlib.util.spec_from_file_location("loopback", Path(__file__).parent / "loopback.py")
-loopback = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(loopback)
 
 ID = "user/x"
 FILES = {
