@@ -115,7 +115,7 @@ def tinylora_config(arguments: TinyLoraArguments, revision: str | None = None) -
     try:
         return TinyLoraConfig(
             task_type="CAUSAL_LM",
-            revision=revision,
+            revision=None if revision == "main" else revision,  # TRL's default
             r=arguments.tinylora_r,
             u=arguments.tinylora_u,
             tie=arguments.tinylora_tie,
