@@ -32,6 +32,7 @@ TEST_FILES = (
     "test_low_level_api.py",
     "test_seq_classifier.py",
 )
+PICKLE_REFUSED = "safe_serialization=False would write a pickle, which is not read again"
 
 
 def fetch_tests(build: Path) -> Path:
@@ -105,6 +106,9 @@ def main() -> int:
         for test, outcome in selected.items()
         if outcome == "passed" and plugin.get(test) != "passed"
     }
+    refused = {test for test, outcome in differences.items() if PICKLE_REFUSED in outcome}
+    differences = {test: outcome for test, outcome in differences.items() if test not in refused}
+    print(f"{len(refused)} tests write a pickle, which the plugin refuses on purpose")
     for test, outcome in differences.items():
         print(f"  {test}\n    {outcome}")
     print(f"{len(differences)} tests pass with stock PEFT and not with the plugin")
