@@ -28,7 +28,7 @@ from peft import PeftConfig, PeftType
 
 from . import compact
 from .config import TinyLoraConfig, shortened
-from .errors import AdapterFileError, ConfigError, HubError
+from .errors import AdapterFileError, ConfigError, HubError, first_line
 
 
 CONFIG_FILE = "adapter_config.json"
@@ -36,7 +36,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_FILE = "adapter_model.bin"
 ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE)
 FLOATING = ("F64", "F32", "F16", "BF16")  # what v may be stored in, by safetensors' names
-MOST_CONFIG_BYTES = 30_000_000  # as JSON, 1 GB at worst; a fingerprint takes 14 bytes a module at r=2, 350 at r=64
+MOST_CONFIG_BYTES = 30_000_000  # a fingerprint takes 14 bytes a module at r=2, 350 at r=64
 
 
 def find_adapter(
@@ -246,8 +246,3 @@ def reason_of(error: Exception, revision: str | None = None) -> str:
     if isinstance(error, HTTPError):
         return f"the Hub cannot be reached ({type(error).__name__}: {first_line(error)})."
     return " ".join(str(error).split())  # of this package, of the disk, or what the Hub has against a card
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an error says, or its name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

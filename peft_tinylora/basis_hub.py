@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from . import basis_cache
-from .errors import BasisError
+from .errors import BasisError, first_line
 
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,5 @@ def fetch(repository: str, name: str) -> Path | None:
     try:
         return Path(hf_hub_download(repository, name, library_name="peft_tinylora"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        logger.warning("no basis %s from %r (%s): it is computed.", name, repository, reason)
+        logger.warning("no basis %s from %r (%s): it is computed.", name, repository, first_line(error))
         return None

@@ -39,3 +39,8 @@ class MergeError(TinyLoraError, TypeError):
 
 class HubError(TinyLoraError, OSError):
     """The Hub refused, or could not be reached: says for which repository, why, and what to do."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

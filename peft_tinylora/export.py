@@ -53,7 +53,7 @@ def export_adapter(
     function up to the rounding of its factors. `"merged"` is a whole model, in which rounding to `dtype` may lose much of
     a small update: the report says how much.
 
-    A tokenizer in a local folder of the adapter is written too. A merged model gets that of the base model otherwise.
+    A tokenizer that the adapter has is written too. A merged model gets that of the base model otherwise.
 
     Args:
         source (`str` or `Path`): folder or Hub id of the adapter. Of a repository its two files are downloaded,

@@ -38,11 +38,10 @@ from .adapter_files import (
     WEIGHTS_FILE,
     explained,
     find_adapter,
-    first_line,
     reason_of,
 )
 from .describe import Description, describe
-from .errors import AdapterFileError, ConfigError, HubError
+from .errors import AdapterFileError, ConfigError, HubError, first_line
 from .output_folder import written_at_once
 
 

@@ -39,13 +39,17 @@ from .config import TinyLoraConfig, shortened
 from .errors import AdapterFileError, ConfigError, TinyLoraError
 from .layer import TinyLoraLayer
 from .model import TinyLoraModel
-from .untrusted import check_files
+from .untrusted import check_files, check_names
 
 
 # The first version whose BaseTuner has the hooks for saving and loading that model.py overrides.
 OLDEST_PEFT = "0.21.0"
 HUB_OPTIONS = frozenset(inspect.signature(hf_hub_download).parameters)  # of which PEFT takes those of a download
 
+_MAPPED = {
+    "config": (PEFT_TYPE_TO_CONFIG_MAPPING, TinyLoraConfig),
+    "tuner": (PEFT_TYPE_TO_TUNER_MAPPING, TinyLoraModel),
+}
 _in_place_of: dict[str, Any] = {}
 
 
@@ -61,37 +65,34 @@ def register() -> None:
         raise ImportError(
             f"peft_tinylora needs peft>={OLDEST_PEFT}, found {peft.__version__}. Run: pip install -U peft"
         )
-    _in_place_of["config"] = PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.TINYLORA]
-    _in_place_of["tuner"] = PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.TINYLORA]
-    _in_place_of["inject"] = peft.inject_adapter_in_model
-    _in_place_of["load"] = PreTrainedModel.load_adapter
-    _in_place_of["peft_load"] = peft.PeftModel.load_adapter
-    _in_place_of["from_pretrained"] = vars(peft.PeftModel)["from_pretrained"]
-    _in_place_of["from_json_file"] = vars(PeftConfigMixin)["from_json_file"]
-    _in_place_of["save"] = peft.PeftModel.save_pretrained
-    PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.TINYLORA] = TinyLoraConfig
-    PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.TINYLORA] = TinyLoraModel
-    peft.inject_adapter_in_model = _inject_adapter_in_model
-    PreTrainedModel.load_adapter = _load_adapter
-    peft.PeftModel.load_adapter = _load_adapter_of_peft
-    peft.PeftModel.from_pretrained = classmethod(_from_pretrained)
-    PeftConfigMixin.from_json_file = classmethod(_from_json_file)
-    peft.PeftModel.save_pretrained = _save_pretrained
+    for key, (mapping, ours) in _MAPPED.items():
+        _in_place_of[key], mapping[peft.PeftType.TINYLORA] = mapping[peft.PeftType.TINYLORA], ours
+    for key, (owner, name, ours) in _wrapped().items():
+        _in_place_of[key] = inspect.getattr_static(owner, name)  # a class method as such
+        setattr(owner, name, ours)
 
 
 def unregister() -> None:
     """Give PEFT's TINYLORA back, for tests that compare the two."""
     if not _in_place_of:
         return
-    PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType.TINYLORA] = _in_place_of["config"]
-    PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType.TINYLORA] = _in_place_of["tuner"]
-    peft.inject_adapter_in_model = _in_place_of["inject"]
-    PreTrainedModel.load_adapter = _in_place_of["load"]
-    peft.PeftModel.load_adapter = _in_place_of["peft_load"]
-    peft.PeftModel.from_pretrained = _in_place_of["from_pretrained"]
-    PeftConfigMixin.from_json_file = _in_place_of["from_json_file"]
-    peft.PeftModel.save_pretrained = _in_place_of["save"]
+    for key, (mapping, _) in _MAPPED.items():
+        mapping[peft.PeftType.TINYLORA] = _in_place_of[key]
+    for key, (owner, name, _) in _wrapped().items():
+        setattr(owner, name, _in_place_of[key])
     _in_place_of.clear()
+
+
+def _wrapped() -> dict[str, tuple[Any, str, Any]]:
+    """Where a function of PEFT or transformers is, its name, and what takes its place."""
+    return {
+        "inject": (peft, "inject_adapter_in_model", _inject_adapter_in_model),
+        "load": (PreTrainedModel, "load_adapter", _load_adapter),
+        "peft_load": (peft.PeftModel, "load_adapter", _load_adapter_of_peft),
+        "from_pretrained": (peft.PeftModel, "from_pretrained", classmethod(_from_pretrained)),
+        "from_json_file": (PeftConfigMixin, "from_json_file", classmethod(_from_json_file)),
+        "save": (peft.PeftModel, "save_pretrained", _save_pretrained),
+    }
 
 
 @functools.wraps(peft.inject_adapter_in_model)
@@ -141,6 +142,7 @@ def _from_pretrained(cls: type[peft.PeftModel], model: nn.Module, model_id: str,
     config = arguments.get("config") or _saved_config(model_id, options)
     if not isinstance(config, TinyLoraConfig):
         return original(cls, model, model_id, *args, **kwargs)
+    check_names(config, model)
     check_files(model, config, model_id, options, kwargs.get("ignore_mismatched_sizes", False))
     with _as_before_if_it_fails(model, model_id):
         return original(cls, model, model_id, *args, **kwargs)
@@ -158,6 +160,8 @@ def _load_adapter_of_peft(self: peft.PeftModel, model_id: str, adapter_name: str
             # One that is there already has its own config, by which the file's modules are not looked for.
             own = self.peft_config[adapter_name] if was_there else config
             if isinstance(own, TinyLoraConfig):
+                if not was_there:
+                    check_names(own, tuner.model)
                 check_files(tuner.model, own, model_id, options, kwargs.get("ignore_mismatched_sizes", False))
             return _in_place_of["peft_load"](self, model_id, adapter_name, *args, **kwargs)
     except Exception:
@@ -282,6 +286,7 @@ def _unpack_file(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     arguments["peft_config"] = config
     if tensors is None:
         ignores_sizes = getattr(load_config, "ignore_mismatched_sizes", False) or more.get("ignore_mismatched_sizes")
+        check_names(config, model)
         path = check_files(model, config, folder, _hub_options(options), bool(ignores_sizes))
         try:
             tensors = safetensors.torch.load_file(path)

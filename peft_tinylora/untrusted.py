@@ -6,7 +6,7 @@ Sizes are looked at before anything of that size is made, and regular expression
 import json
 import re
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from multiprocessing import spawn
 from pathlib import Path
 from typing import Any
@@ -46,14 +46,13 @@ def check_files(
     options: Mapping[str, Any],
     ignore_mismatched_sizes: bool = False,
 ) -> Path:
-    """The file of an adapter's weights, once it and the config are known to ask for no more than the file holds."""
+    """The file of an adapter's weights, once it is known to fit its config and to change no more than it holds."""
     path = find_weights(source, **options)
     try:
         in_file = check_weights(path, config)
     except SafetensorError as error:
         raise damaged_file(error) from error
     names = [name for name, _ in model.named_modules()]
-    check_names(config, names)
     for wanted in config.modules_to_save or []:  # PEFT copies each of them, which may be the whole model
         copied = [name for name in names if name == wanted or name.endswith(f".{wanted}")]
         copied = [name for name in copied if any(True for _ in model.get_submodule(name).parameters())]
@@ -80,15 +79,15 @@ def _check_shapes(model: nn.Module, in_file: Mapping[str, tuple[int, ...]]) -> N
             )
 
 
-def check_names(config: TinyLoraConfig, names: Sequence[str]) -> None:
+def check_names(config: TinyLoraConfig, model: nn.Module) -> None:
     """Check that names and patterns of a config that was read from a file can be looked for in a model within seconds.
 
-    Python's `re` cannot be told to give up, and a pattern of ten characters can keep it busy for years. So patterns are
-    tried by a process of its own, as PEFT will use them.
+    Python's `re` cannot be told to give up, and a short pattern with nested repeats can take it longer than anybody waits. So
+    patterns are tried by a process of its own, as PEFT will use them.
 
     Args:
         config ([`TinyLoraConfig`]): the adapter's.
-        names (`Sequence[str]`): of the model's modules.
+        model (`nn.Module`): before the adapter is put into it.
 
     Raises:
         AdapterFileError: if a list is far longer than the model, or a pattern is no regular expression, or takes too long;
@@ -96,6 +95,7 @@ def check_names(config: TinyLoraConfig, names: Sequence[str]) -> None:
     """
     if not config._from_file:
         return
+    names = [name for name, _ in model.named_modules()]
     most = max(MOST_NAMES, len(names))
     for field in (
         "target_modules",

@@ -59,9 +59,8 @@ class Vectors(nn.ModuleDict):
 
     def vector_of(self, adapter_name: str, group: str) -> torch.Tensor:
         """The v of a group, shape (u,)."""
-        registered = self._modules[
-            adapter_name
-        ]._parameters  # for decoding: through ParameterDict it takes several calls
+        # Not through ParameterDict, which would take several calls for each layer and token of decoding.
+        registered = self._modules[adapter_name]._parameters
         return registered[group] if group in registered else self[adapter_name][group]
 
     def groups_of(self, adapter_name: str) -> list[str]:
