@@ -108,6 +108,7 @@ def test_the_basis_comes_from_its_repository_then_from_the_cache_or_is_computed(
         "build.compute_basis = original\nprint(len(done))"
     )
     fresh = Machine(hub, folder / "fresh")
+    assert "basis       in the repository user/basis, or computed" in fresh.command("inspect", "user/x").stdout
     assert fresh.script(count) == "0\n"  # from the repository
     del hub.repositories["user/basis"]
     shutil.rmtree(folder / "fresh" / "hub")
@@ -143,6 +144,23 @@ def test_a_revision_is_a_branch_or_a_commit_and_one_that_is_not_there_is_named(
     refused(user.command("inspect", "user/nobody"), "user/nobody", "no such repository")
 
 
+def test_a_portable_adapter_answers_the_same_in_stock_peft_by_its_id(
+    hub, trainer, user, adapter, here, folder, tmp_path
+) -> None:
+    portable = tmp_path / "portable"
+    assert trainer.command("export", adapter, portable, "--to", "portable").status == 0
+    pushed(hub, trainer, portable)
+    code = f"{ANSWER}\nimport sys\nfrom transformers import AutoModelForCausalLM{LOADERS['PeftModel']}\nanswer(model)"
+    stock = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", f"{code}\nassert 'peft_tinylora' not in sys.modules"],
+        capture_output=True,
+        text=True,
+        env=environment(hub, folder / "user"),
+    )
+    assert stock.returncode == 0, stock.stderr
+    assert stock.stdout.strip().startswith(here[0])
+
+
 def test_an_adapter_in_a_subfolder(hub, user, adapter, here) -> None:
     hub.repositories["user/x"] = {f"steps/100/{name}": (adapter / name).read_bytes() for name in ADAPTER}
     text = user.script(
@@ -155,12 +173,14 @@ def test_an_adapter_in_a_subfolder(hub, user, adapter, here) -> None:
 
 
 def test_a_private_repository_opens_to_its_token_alone_and_the_token_stays_out_of_sight(
-    hub, trainer, user, adapter, folder
+    hub, trainer, user, adapter, here, folder
 ) -> None:
     hub.tokens = {"hf_secret"}
     pushed(hub, trainer, adapter, "--private")
     assert hub.private == {"user/x"}
     assert user.command("inspect", "user/x").status == 0
+    for loader in LOADERS:
+        assert by_id(user, loader)[0] == here[0], loader
     stranger = Machine(hub, folder / "stranger", HF_TOKEN="")
     refused(stranger.command("inspect", "user/x"), "no such repository on the Hub, or a private one", "hf auth login")
     refused(stranger.command("pull", "user/x", "here"), "no such repository on the Hub, or a private one")

@@ -85,7 +85,15 @@ def test_trained_and_pushed_here_and_the_same_answers_elsewhere_by_its_id(hub, t
 @pytest.mark.recipe
 def test_a_push_that_fails_leaves_the_result_whole_and_the_command_that_it_names_pushes_it(hub, tmp_path) -> None:
     hub.faults = {"/commit/": [403]}
-    local = ("--model_name_or_path", str(EMBEDDED / "model"), "--hub_base_model", "user/base", *TO_HUB)
+    local = (
+        "--model_name_or_path",
+        str(EMBEDDED / "model"),
+        "--hub_base_model",
+        "user/base",
+        *TO_HUB,
+        "--hub_revision",
+        "first/try",
+    )
     done = train(hub, tmp_path / "trainer", "sft", tmp_path / "out", *local)
     assert done.returncode == 1
     assert json.loads(done.stdout.splitlines()[-1])["pushed"] is None
@@ -96,7 +104,8 @@ def test_a_push_that_fails_leaves_the_result_whole_and_the_command_that_it_names
     command = shlex.split(error.partition("to push it again: peft-tinylora ")[2])
     pushed = run(hub, tmp_path / "trainer", "-m", "peft_tinylora.cli", *command)
     assert pushed.returncode == 0, pushed.stderr
-    files = hub.repositories["user/trained"]
+    assert not hub.repositories["user/trained"]
+    files = hub.files("user/trained", "first/try")
     assert files.keys() == ADAPTER | {"loss_curve.csv", "loss_curve.png"}
     assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "user/base"
     for text in (files["README.md"].decode(), files["recipe.yaml"].decode()):
