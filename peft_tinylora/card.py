@@ -12,12 +12,10 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -27,7 +25,6 @@ from huggingface_hub import (
     ModelCard,
     ModelCardData,
     eval_result_entries_to_yaml,
-    get_token,
 )
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -36,6 +33,7 @@ from peft import TaskType
 from .describe import MOST_SHOWN, Description
 from .errors import AdapterFileError
 from .fingerprint import digest_of_tensor
+from .published import relative
 
 
 TEMPLATE = Path(__file__).parent / "card_template.md"
@@ -55,13 +53,6 @@ LOADING = {
 }
 FACTS_FILE = ".card.json"
 EMPTY_FIELD = "[More Information Needed]"  # PEFT's card has some thirty of these
-# Names of what must not be published, but not those of a tokenizer's special tokens.
-SECRET = re.compile(
-    r"(^|_)(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(token|key|pat|secret|password)$",
-    re.IGNORECASE,
-)
-A_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-HIDDEN = "HIDDEN"
 
 
 @dataclass(frozen=True)
@@ -73,7 +64,7 @@ class Training:
         datasets (`list[str]`): ids and files of the training problems.
         curve (`str`): what `{curve}_curve.csv` and `.png` in the folder show, "reward" or "loss".
         settings (`dict[str, object]`): what was set, shown as a table.
-        command (`str`): the command, from [`command_line`].
+        command (`str`): the command, from [`published.command_line`].
         has_config_file (`bool`): whether recipe.yaml, the file that the command names, is in the folder.
     """
 
@@ -108,6 +99,37 @@ class Evaluation:
     is_whole: bool = True
 
 
+def versions() -> dict[str, str]:
+    """Returns the version of each library that has a part in the result."""
+    found = {"python": platform.python_version()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """Returns the commit of the checkout that this file lies in; None where it was installed from a wheel."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    return f"{head} with changes" if head and git("status", "--porcelain", "--", "*.py") else head or None
+
+
+def hardware() -> str:
+    """Names the GPU, or says how many CPU threads were used."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name(0)
+    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
 @dataclass(frozen=True)
 class Facts:
     """What a card says beyond the adapter's files; kept beside them, so that the card can be made for another place.
@@ -124,10 +146,10 @@ class Facts:
     evaluation: Evaluation | None = None
     prompt: str | list[dict[str, str]] = "YOUR PROMPT"
     max_new_tokens: int = 100
-    made_on: str = field(default_factory=lambda: hardware())
+    made_on: str = field(default_factory=hardware)
     date: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
-    commit: str | None = field(default_factory=lambda: commit())
-    versions: dict[str, str] = field(default_factory=lambda: versions())
+    commit: str | None = field(default_factory=commit)
+    versions: dict[str, str] = field(default_factory=versions)
 
 
 def make_card(
@@ -223,9 +245,9 @@ def eval_result_files(facts: Facts) -> dict[str, str]:
     return {name: yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)}
 
 
-def write_card(folder: Path, adapter: Description, place: str, facts: Facts, base: str | None = None) -> ModelCard:
+def write_card(folder: Path, adapter: Description, place: str, facts: Facts) -> ModelCard:
     """Write README.md, and beside it what [`read_facts`] reads; see [`make_card`]."""
-    card = make_card(adapter, place, facts, base)
+    card = make_card(adapter, place, facts)
     kept = {"v": digest_of_tensor(adapter.vectors), "readme": digest(str(card)), "facts": asdict(facts)}
     for name, text in ((FACTS_FILE, json.dumps(kept, indent=1, default=str)), ("README.md", str(card))):
         temporary = folder / f"{name}.tmp"
@@ -284,84 +306,3 @@ def is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return not Path(name).exists()
-
-
-def relative(name: str) -> str:
-    """Returns an id as it is, and a path without the folders above the working directory (or its last part)."""
-    path = Path(name)
-    if not path.exists():
-        return name
-    path, here = path.resolve(), Path.cwd()
-    return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
-
-
-def command_line(processes: int) -> str:
-    """Rebuilds the command that started this process, from `sys.argv`, for publishing: without tokens and paths."""
-    launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
-    options = [None, *sys.argv[:-1]]
-    shown = [
-        HIDDEN if option and option.startswith("--") and is_secret(option) else published(argument)
-        for option, argument in zip(options, sys.argv, strict=True)
-    ]
-    return f"{launcher} {shlex.join(shown)}"
-
-
-def published(value: Any) -> Any:
-    """A setting as it may be published: without what is a secret by its name or its look, and paths of this machine.
-
-    Args:
-        value: a string, which may be JSON or `name=value`, or what YAML knows.
-    """
-    if isinstance(value, dict):
-        return {name: published(part) for name, part in value.items() if not is_secret(name)}
-    if isinstance(value, list):
-        return [published(part) for part in value]
-    if not isinstance(value, str):
-        return value
-    if value.startswith("{"):
-        try:
-            return json.dumps(published(json.loads(value)))
-        except ValueError:
-            return HIDDEN if any(map(is_secret, re.findall(r"\w+", value))) else value
-    name, equals, _ = value.partition("=")
-    if equals and is_secret(name):
-        return f"{name}={HIDDEN}"
-    token = get_token()
-    value = A_TOKEN.sub(HIDDEN, value.replace(token, HIDDEN) if token else value)
-    return relative(value) if Path(value).is_absolute() else value
-
-
-def is_secret(name: str) -> bool:
-    """Whether an option or a variable of this name holds what must not be published."""
-    return SECRET.search(str(name).lstrip("-")) is not None
-
-
-def versions() -> dict[str, str]:
-    """Returns the version of each library that has a part in the result."""
-    found = {"python": platform.python_version()}
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str | None:
-    """Returns the commit of the checkout that this file lies in; None where it was installed from a wheel."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists() or shutil.which("git") is None:
-        return None
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True).stdout.strip()
-
-    head = git("rev-parse", "HEAD")
-    return f"{head} with changes" if head and git("status", "--porcelain", "--", "*.py") else head or None
-
-
-def hardware() -> str:
-    """Names the GPU, or says how many CPU threads were used."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(0)
-    return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"

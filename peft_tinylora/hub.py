@@ -43,6 +43,7 @@ from .adapter_files import (
 from .describe import Description, describe
 from .errors import AdapterFileError, ConfigError, HubError, first_line
 from .output_folder import written_at_once
+from .published import A_TOKEN
 
 
 logger = logging.getLogger(__name__)
@@ -303,7 +304,7 @@ def refuse_tokens(files: Mapping[str, bytes | Path], token: str | None) -> None:
         if not name.endswith(TEXTS):
             continue
         text = (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8", errors="replace")
-        if any(secret in text for secret in secrets) or card.A_TOKEN.search(text):
+        if any(secret in text for secret in secrets) or A_TOKEN.search(text):
             raise ConfigError(f"{name} holds a token of the Hub: remove it there. Nothing was pushed.")
 
 

@@ -11,12 +11,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
-from transformers import TrainingArguments
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, ScriptArguments, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
-from peft_tinylora.card import published
 from peft_tinylora.config import SAVE_DTYPES
 
 
@@ -302,77 +300,6 @@ def parse(classes: Sequence[type], usage: str, argv: Sequence[str] | None = None
         raise RecipeError(f"the config file is not valid YAML: {' '.join(str(error).split())}") from error
     except (ValueError, TypeError) as error:
         raise RecipeError(" ".join(str(error).split())) from error
-
-
-@dataclass(frozen=True)
-class HubOptions:
-    """Where a finished adapter is pushed to: the arguments of [`peft_tinylora.hub.push`]."""
-
-    repository: str
-    revision: str | None
-    private: bool | None
-    token: str | None
-    base: str
-
-
-def take_hub_options(
-    recipe_args: RecipeArguments, training_args: TrainingArguments, model_args: ModelConfig
-) -> HubOptions | None:
-    """
-    Takes the options of pushing away from the trainer, which would push whatever lies in `output_dir`, time and again.
-
-    Returns:
-        [`HubOptions`], or `None` without `push_to_hub`.
-
-    Raises:
-        RecipeError: if checkpoints are asked for too, or nobody else has the base model.
-    """
-    if not training_args.push_to_hub:
-        return None
-    if training_args.hub_strategy.value in ("checkpoint", "all_checkpoints"):
-        raise RecipeError(
-            f"hub_strategy={training_args.hub_strategy.value!r}: this recipe pushes the finished adapter, once: leave it out."
-        )
-    base = recipe_args.hub_base_model or model_args.model_name_or_path
-    if recipe_args.hub_base_model is None and Path(str(model_args.model_name_or_path)).exists():
-        raise RecipeError(
-            f"push_to_hub with model_name_or_path={model_args.model_name_or_path!r}, a folder of this machine: name the "
-            "base model's id on the Hub by hub_base_model, or leave push_to_hub out."
-        )
-    options = HubOptions(
-        repository=training_args.hub_model_id or Path(training_args.output_dir).name,
-        revision=training_args.hub_revision,
-        private=training_args.hub_private_repo,
-        token=training_args.hub_token,
-        base=base,
-    )
-    training_args.push_to_hub, training_args.hub_token = False, None
-    return options
-
-
-def write_recipe_file(folder: Path, argv: Sequence[str], command: str) -> bool:
-    """
-    Writes the YAML file that a command line names by `--config` to `recipe.yaml`, without tokens and paths of this machine: it may be published.
-
-    Args:
-        folder (`Path`):
-            The adapter's folder.
-        argv (`Sequence[str]`):
-            The command line.
-        command (`str`):
-            The same as it is shown, which goes above it.
-
-    Returns:
-        `bool`: whether the command line names one; that of an earlier run is removed if it does not.
-    """
-    path = folder / "recipe.yaml"
-    named = [following for argument, following in zip(argv, argv[1:], strict=False) if argument == "--config"]
-    if not named:
-        path.unlink(missing_ok=True)
-        return False
-    shown = published(yaml.safe_load(Path(named[-1]).read_text(encoding="utf-8")))
-    path.write_text(f"# {command}\n" + yaml.safe_dump(shown, sort_keys=False), encoding="utf-8")
-    return True
 
 
 def refuse_lora_options(model_args: ModelConfig) -> None:

@@ -35,9 +35,10 @@ from transformers import ProgressCallback  # noqa: E402
 from trl import DatasetMixtureConfig, ModelConfig, SFTConfig, SFTTrainer  # noqa: E402
 
 from peft_tinylora import TinyLoraError  # noqa: E402
-from peft_tinylora.card import Evaluation, Facts, Training, command_line, use_lines, write_card  # noqa: E402
+from peft_tinylora.card import Facts, Training, use_lines, write_card  # noqa: E402
 from peft_tinylora.describe import MOST_SHOWN, describe  # noqa: E402
-from peft_tinylora.hub import check_access, push  # noqa: E402
+from peft_tinylora.hub import check_access  # noqa: E402
+from peft_tinylora.published import command_line  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
     RecipeError,
     SFTArguments,
@@ -45,8 +46,6 @@ from trl_recipes.arguments import (  # noqa: E402
     parse,
     refuse_lora_options,
     refuse_quantization_options,
-    take_hub_options,
-    write_recipe_file,
 )
 from trl_recipes.callbacks import (  # noqa: E402
     LOSS_COLUMNS,
@@ -63,6 +62,7 @@ from trl_recipes.problems import (  # noqa: E402
     load_train_and_held_out,
     to_examples,
 )
+from trl_recipes.publishing import evaluation_of, push_result, take_hub_options, write_recipe_file  # noqa: E402
 from trl_recipes.score import score_both_ways, score_options  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
@@ -182,18 +182,7 @@ def main() -> None:
         command=command,
         has_config_file=write_recipe_file(output_dir, sys.argv, command),
     )
-    evaluation = None
-    if after is not None:
-        evaluation = Evaluation(
-            dataset=recipe_args.eval_dataset_name or recipe_args.dataset_name or "a part of the training problems",
-            config=None if recipe_args.eval_dataset_name else recipe_args.dataset_config,
-            split=recipe_args.dataset_test_split,
-            problems=problems,
-            before=before,
-            after=after,
-            score_options=score_with,
-            is_whole=recipe_args.max_eval_problems is None,
-        )
+    evaluation = evaluation_of(recipe_args, before, after, problems, score_with)
     facts = Facts(training, evaluation, question, recipe_args.max_completion_length)
     card = write_card(output_dir, adapter, str(output_dir), facts)
 
@@ -216,18 +205,7 @@ def main() -> None:
     # --- push
     pushed = failure = None
     if hub is not None:
-        try:
-            pushed = push(
-                output_dir,
-                repository,
-                revision=hub.revision,
-                private=hub.private,
-                token=hub.token,
-                base=hub.base,
-            )
-            print(f"pushed {', '.join(pushed.files)}: {pushed.url}")
-        except TinyLoraError as error:
-            failure = error
+        pushed, failure = push_result(output_dir, repository, hub)
     scores = {
         f"{decoding}_{when}": None if values is None else values[decoding]
         for decoding in ("greedy", "sampled")

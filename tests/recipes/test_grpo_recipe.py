@@ -11,7 +11,7 @@ from recipes.runs import Run, in_new_process, launch_recipe, score_again
 from transformers import AutoModelForCausalLM
 
 import peft_tinylora  # registers the tuner
-from peft_tinylora.card import relative
+from peft_tinylora.published import relative
 from trl_recipes import grpo
 from trl_recipes.arguments import RecipeError
 

@@ -11,7 +11,7 @@ from recipes.runs import Run, in_new_process, launch_recipe, score_again
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_tinylora  # noqa: F401  registers the tuner
-from peft_tinylora.card import relative
+from peft_tinylora.published import relative
 from trl_recipes import sft
 from trl_recipes.arguments import RecipeError
 

@@ -1,0 +1,143 @@
+"""What a recipe publishes: where to, what it was set to, what was measured, and the push itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+from transformers import TrainingArguments
+from trl import ModelConfig
+
+from peft_tinylora import TinyLoraError
+from peft_tinylora.card import Evaluation
+from peft_tinylora.hub import Pushed, push
+from peft_tinylora.published import published
+from trl_recipes.arguments import RecipeArguments, RecipeError
+
+
+@dataclass(frozen=True)
+class HubOptions:
+    """Where a finished adapter is pushed to: the arguments of [`peft_tinylora.hub.push`]."""
+
+    repository: str
+    revision: str | None
+    private: bool | None
+    token: str | None
+    base: str
+
+
+def take_hub_options(
+    recipe_args: RecipeArguments, training_args: TrainingArguments, model_args: ModelConfig
+) -> HubOptions | None:
+    """
+    Takes the options of pushing away from the trainer, which would push whatever lies in `output_dir`, time and again.
+
+    Returns:
+        [`HubOptions`], or `None` without `push_to_hub`.
+
+    Raises:
+        RecipeError: if checkpoints are asked for too, or nobody else has the base model.
+    """
+    if not training_args.push_to_hub:
+        return None
+    if training_args.hub_strategy.value in ("checkpoint", "all_checkpoints"):
+        raise RecipeError(
+            f"hub_strategy={training_args.hub_strategy.value!r}: this recipe pushes the finished adapter, once: leave it out."
+        )
+    base = recipe_args.hub_base_model or model_args.model_name_or_path
+    if recipe_args.hub_base_model is None and Path(str(model_args.model_name_or_path)).exists():
+        raise RecipeError(
+            f"push_to_hub with model_name_or_path={model_args.model_name_or_path!r}, a folder of this machine: name the "
+            "base model's id on the Hub by hub_base_model, or leave push_to_hub out."
+        )
+    options = HubOptions(
+        repository=training_args.hub_model_id or Path(training_args.output_dir).name,
+        revision=training_args.hub_revision,
+        private=training_args.hub_private_repo,
+        token=training_args.hub_token,
+        base=base,
+    )
+    training_args.push_to_hub, training_args.hub_token = False, None
+    return options
+
+
+def write_recipe_file(folder: Path, argv: Sequence[str], command: str) -> bool:
+    """
+    Writes the YAML file that a command line names by `--config` to `recipe.yaml`, without tokens and paths of this machine: it may be published.
+
+    Args:
+        folder (`Path`):
+            The adapter's folder.
+        argv (`Sequence[str]`):
+            The command line.
+        command (`str`):
+            The same as it is shown, which goes above it.
+
+    Returns:
+        `bool`: whether the command line names one; that of an earlier run is removed if it does not.
+    """
+    path = folder / "recipe.yaml"
+    named = [following for argument, following in zip(argv, argv[1:], strict=False) if argument == "--config"]
+    if not named:
+        path.unlink(missing_ok=True)
+        return False
+    shown = published(yaml.safe_load(Path(named[-1]).read_text(encoding="utf-8")))
+    path.write_text(f"# {command}\n" + yaml.safe_dump(shown, sort_keys=False), encoding="utf-8")
+    return True
+
+
+def evaluation_of(
+    recipe_args: RecipeArguments,
+    before: dict[str, float] | None,
+    after: dict[str, float] | None,
+    problems: int,
+    score_options: str | None,
+) -> Evaluation | None:
+    """
+    What was measured, for the card; `None` where there were no held-out problems.
+
+    Args:
+        recipe_args ([`RecipeArguments`]):
+            Which problems they were.
+        before, after (`dict[str, float]`, *optional*):
+            Accuracy by way of decoding.
+        problems (`int`):
+            How many were scored.
+        score_options (`str`, *optional*):
+            Of score.py, to measure it again.
+    """
+    if before is None or after is None:
+        return None
+    return Evaluation(
+        dataset=recipe_args.eval_dataset_name or recipe_args.dataset_name or "a part of the training problems",
+        config=None if recipe_args.eval_dataset_name else recipe_args.dataset_config,
+        split=recipe_args.dataset_test_split,
+        problems=problems,
+        before=before,
+        after=after,
+        score_options=score_options,
+        is_whole=recipe_args.max_eval_problems is None,
+    )
+
+
+def push_result(output_dir: Path, repository: str, hub: HubOptions) -> tuple[Pushed | None, TinyLoraError | None]:
+    """
+    Pushes a finished adapter.
+
+    Args:
+        output_dir (`Path`):
+            The adapter's folder.
+        repository (`str`):
+            The full id, from [`peft_tinylora.hub.check_access`].
+        hub ([`HubOptions`]):
+            The rest of where to.
+
+    Returns:
+        What was pushed, or why it was not: then the run has its result to print before it says so and fails.
+    """
+    try:
+        done = push(output_dir, repository, revision=hub.revision, private=hub.private, token=hub.token, base=hub.base)
+    except TinyLoraError as error:
+        return None, error
+    print(f"pushed {', '.join(done.files)}: {done.url}")
+    return done, None
