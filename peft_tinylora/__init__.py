@@ -3,7 +3,7 @@
 Importing this package puts its tuner behind PEFT's TINYLORA; see register.py. Read the files in the order of the
 data's way: weight, gather, original -> triplets, basis -> basis_cache, build -> projection, tying -> vector -> delta, thin,
 product -> layer, linear, embedding, experts -> model -> fingerprint, compact, checkpoint -> merging -> mixed, bank,
-combine -> adapter_files, untrusted, describe -> export, card, published, hub.
+combine -> adapter_files, untrusted, describe -> export, card, published, hub -> inline, served, vllm.
 
 Method: "Learning to Reason in 13 Parameters", https://huggingface.co/papers/2602.04118
 """
@@ -23,6 +23,7 @@ from .errors import (
     UnsupportedModuleError,
 )
 from .export import export_adapter
+from .inline import inline_adapter
 from .layer import TinyLoraLayer
 from .model import TinyLoraModel
 from .plan import plan
@@ -43,6 +44,7 @@ __all__ = [
     "TyingError",
     "UnsupportedModuleError",
     "export_adapter",
+    "inline_adapter",
     "plan",
     "register",
     "unregister",

@@ -4,6 +4,7 @@ peft-tinylora inspect ADAPTER                              base, modules, number
 peft-tinylora push FOLDER REPOSITORY                       to the Hub, one commit of the adapter, its card and its curve
 peft-tinylora pull REPOSITORY FOLDER                       from the Hub, checked
 peft-tinylora export ADAPTER FOLDER --to lora              or merged, portable, compact
+peft-tinylora inline ADAPTER                               as text, for the `model` field of a request to vLLM
 peft-tinylora basis list                                   what is cached, and how large
 peft-tinylora basis build MODEL [--load-in-4bit]           compute and keep the basis of a base model
 peft-tinylora basis verify [MODEL]                         every byte; with a model, every factor against its weights
@@ -25,6 +26,8 @@ from .cli_basis import add_basis_commands, add_loading_options, load_base
 from .describe import Description, describe, lines
 from .errors import BasisError, TinyLoraError
 from .export import DTYPES, FORMS, export_adapter
+from .inline import inline_adapter_of_folder
+from .served import skeleton
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
     pull.add_argument("--revision", help="branch, tag or commit (default: main)")
     pull.set_defaults(run=pull_adapter)
     export = commands.add_parser("export", help="write an adapter in another form")
+    inline = commands.add_parser("inline", help="an adapter as text, for requests to vLLM")
+    inline.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
+    inline.add_argument("--base", help="id or folder of the base model (default: what the adapter names)")
+    inline.add_argument("--trust-remote-code", action="store_true", help="run the code that the base model ships with")
+    inline.set_defaults(run=print_inline)
     for command in (inspect, export):
         command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
         command.add_argument("--revision", help="branch, tag or commit, of one on the Hub (default: main)")
@@ -110,12 +118,7 @@ def export_folder(options: argparse.Namespace) -> int:
     """Writes an adapter in another form and prints what it takes and, of a merged model, what rounding cost."""
     found = describe(find_adapter(options.adapter, options.revision, options.subfolder))
     config = found.config
-    name = options.base or config.base_model_name_or_path
-    if name is None:
-        raise BasisError(f"{options.adapter} names no base model: say which with --base.")
-    if not (options.base or Path(options.adapter).is_dir() or is_hub_id(name)):
-        # What somebody else's file names is not opened here.
-        raise BasisError(f"{options.adapter} names {name[:100]!r} as its base model, a path: say which with --base.")
+    name = base_of(options, config.base_model_name_or_path)
     load_as_trained(options, found)
     report = export_adapter(
         options.adapter,
@@ -131,6 +134,27 @@ def export_folder(options: argparse.Namespace) -> int:
     for path in sorted(Path(options.folder).iterdir()):
         print(f"{path.stat().st_size:>10} bytes  {path}")
     return 0
+
+
+def print_inline(options: argparse.Namespace) -> int:
+    """Prints an adapter as text."""
+    config = describe(find_adapter(options.adapter)).config
+    name = base_of(options, config.base_model_name_or_path)
+    revision = None if options.base else config.revision
+    base = skeleton(name, revision, options.trust_remote_code)
+    print(inline_adapter_of_folder(options.adapter, base).text())
+    return 0
+
+
+def base_of(options: argparse.Namespace, named: str | None) -> str:
+    """The base model of an adapter: what `--base` says, or else what its config names."""
+    name = options.base or named
+    if name is None:
+        raise BasisError(f"{options.adapter} names no base model: say which with --base.")
+    if not (options.base or Path(options.adapter).is_dir() or is_hub_id(name)):
+        # What somebody else's file names is not opened here.
+        raise BasisError(f"{options.adapter} names {name[:100]!r} as its base model, a path: say which with --base.")
+    return name
 
 
 def load_as_trained(options: argparse.Namespace, found: Description) -> None:

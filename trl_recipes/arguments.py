@@ -106,7 +106,25 @@ class GRPOArguments(RecipeArguments, GRPOScriptArguments):
 
     Without `reward_funcs` and `reward_model_name_or_path` the reward is `exact_match_reward`, on the question and
     answer columns.
+
+    Args:
+        rollout (`str`, *optional*, defaults to `"transformers"`):
+            What generates completions: `"transformers"`, or TRL's own vLLM with `use_vllm`; `"vllm"`, the servers of
+            `vllm_server_base_url`, several separated by commas; `"vllm-colocate"`, vLLM beside the trainer on one GPU.
+        rollout_request_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds after which a request without an answer goes to another server.
     """
+
+    rollout: str = field(
+        default="transformers",
+        metadata={
+            "help": "What generates completions: transformers; vllm, the servers of `vllm_server_base_url` (several, "
+            "separated by commas), with v in each request; vllm-colocate, vLLM beside the trainer on one GPU."
+        },
+    )
+    rollout_request_timeout: float = field(
+        default=600.0, metadata={"help": "Seconds after which a request without an answer goes to another server."}
+    )
 
 
 @dataclass
@@ -247,6 +265,8 @@ class ScoreArguments(ProblemArguments):
             Score on the first so many problems only.
         sampled (`bool`, *optional*, defaults to `False`):
             Whether to score samples at temperature 1 too.
+        vllm_server_base_url (`str`, *optional*):
+            Let these vLLM servers answer, URLs separated by commas, and send them the adapter.
         use_cpu (`bool`, *optional*, defaults to `False`):
             Whether to stay on the CPU where there is a GPU.
         trust_remote_code (`bool`, *optional*, defaults to `False`):
@@ -270,6 +290,10 @@ class ScoreArguments(ProblemArguments):
     max_completion_length: int = field(default=512, metadata={"help": "Most tokens in an answer."})
     max_problems: int | None = field(default=None, metadata={"help": "The first so many problems only (None: all)."})
     sampled: bool = field(default=False, metadata={"help": "Score samples at temperature 1 too."})
+    vllm_server_base_url: str | None = field(
+        default=None,
+        metadata={"help": "Let these vLLM servers answer (URLs, separated by commas), and send them the adapter."},
+    )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that a model ships with."})
 

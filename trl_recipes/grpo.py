@@ -66,6 +66,7 @@ from trl_recipes.problems import (  # noqa: E402
 )
 from trl_recipes.publishing import evaluation_of, push_result, take_hub_options, write_recipe_file  # noqa: E402
 from trl_recipes.rewards import check_rewards, load_rewards  # noqa: E402
+from trl_recipes.rollouts import make_rollouts, weigh_by_importance  # noqa: E402
 from trl_recipes.score import score_both_ways, score_options  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
@@ -130,6 +131,7 @@ def main() -> None:
     tinylora = tinylora_config(tinylora_args, model_args.model_revision)
 
     # --- trainer
+    rollouts = make_rollouts(recipe_args, training_args, model_args, tinylora_args)
     curve = CurveCallback(output_dir / "reward_curve.csv", REWARD_COLUMNS)
     trainer = GRPOTrainer(
         model=model,
@@ -140,8 +142,12 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=tinylora,
         callbacks=[curve],
+        rollout_func=rollouts,
     )
     keep_vector_in_fp32(trainer)
+    if rollouts is not None:
+        weigh_by_importance(trainer)
+        rollouts.check(trainer)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(REWARD_PROGRESS))
 
@@ -261,6 +267,7 @@ def settings_table(
         "learning rate": f"{training_args.learning_rate:g}, {training_args.lr_scheduler_type.value}",
         "steps": steps,
         "reward": ", ".join(rewards),
+        "completions from": recipe_args.rollout,
         "completions a step": training_args.generation_batch_size,
         "completions a problem": training_args.num_generations,
         "most tokens in a completion": training_args.max_completion_length,

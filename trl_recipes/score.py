@@ -20,6 +20,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import partial
 
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggingface_hub is imported
@@ -40,6 +41,8 @@ from transformers import (  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
 from peft_tinylora import TinyLoraError  # noqa: E402
+from peft_tinylora.inline import inline_adapter_of_folder  # noqa: E402
+from peft_tinylora.served import skeleton  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
     ProblemArguments,
     RecipeArguments,
@@ -52,6 +55,7 @@ from trl_recipes.arguments import (  # noqa: E402
 from trl_recipes.problems import load_rows, to_problems  # noqa: E402
 from trl_recipes.rewards import exact_match_reward  # noqa: E402
 from trl_recipes.trainer_setup import hide_known_noise, load_model, load_tokenizer  # noqa: E402
+from trl_recipes.vllm_servers import Prompt, VllmServers, split_urls  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,55 @@ def score(
             new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
             ended = [cut_at_end(tokens, config.eos_token_id) for tokens in new_tokens]
             completions += tokenizer.batch_decode(ended, skip_special_tokens=True)
+    return scored(problems, completions)
+
+
+def score_on_servers(
+    servers: VllmServers,
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Iterable[dict],
+    *,
+    max_completion_length: int = 512,
+    sampled: bool = False,
+    progress: str | None = None,
+) -> Score:
+    """
+    As [`score`], with the answers of vLLM servers.
+
+    Args:
+        servers ([`VllmServers`]):
+            Who answers.
+        model (`str`):
+            What they shall answer with: an adapter's text or name, or the base model's name.
+        tokenizer, problems, max_completion_length, sampled, progress:
+            As in [`score`]. Samples are other ones each time.
+
+    Raises:
+        ValueError: if there is no problem.
+        RecipeError: if the servers refuse, or none answers.
+    """
+    problems = list(problems)
+    if not problems:
+        raise ValueError("score needs at least one problem, and got none.")
+    inputs = [encode(tokenizer, [problem["prompt"]])["input_ids"][0].tolist() for problem in problems]
+    answers = servers.generate(
+        model,
+        [Prompt(ids, 1) for ids in inputs],
+        max_tokens=max_completion_length,
+        progress=progress,
+        temperature=1.0 if sampled else 0.0,
+        top_p=1.0,
+        top_k=-1,
+        min_p=0.0,
+        repetition_penalty=1.0,
+    )
+    completions = tokenizer.batch_decode([answer[0].token_ids for answer in answers], skip_special_tokens=True)
+    return scored(problems, completions)
+
+
+def scored(problems: list[dict], completions: list[str]) -> Score:
+    """Rewards completions of problems as in training."""
     rewards = exact_match_reward(
         [problem["prompt"] for problem in problems], completions, [problem["answer"] for problem in problems]
     )
@@ -253,18 +306,16 @@ def main() -> None:
     problems = to_problems(rows, arguments, tokenizer.chat_template is not None)
     problems = problems.take(min(arguments.max_problems or len(problems), len(problems)))
 
-    model = load_model(model_args, arguments.trust_remote_code)
-    if arguments.adapter is not None:
-        config = PeftConfig.from_pretrained(arguments.adapter)
-        if arguments.basis is not None:
-            config.basis = arguments.basis
-        model = PeftModel.from_pretrained(model, arguments.adapter, config=config)
-    device = "cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu"
-    if not (model_args.load_in_4bit or model_args.load_in_8bit):  # a quantized model was put there while loading
-        model = model.to(device)
-
-    settings = {"batch_size": arguments.batch_size, "max_completion_length": arguments.max_completion_length}
-    greedy = score(model, tokenizer, problems, progress="greedy", **settings)
+    settings = {"max_completion_length": arguments.max_completion_length}
+    if arguments.vllm_server_base_url is not None:
+        run = {"servers": arguments.vllm_server_base_url}
+        ask = partial(score_on_servers, *servers_and_name(arguments, model_args), tokenizer, problems, **settings)
+    else:
+        model = load_for_scoring(arguments, model_args)
+        settings["batch_size"] = arguments.batch_size
+        run = {"dtype": str(model.dtype), "device": model.device.type, "threads": torch.get_num_threads()}
+        ask = partial(score, model, tokenizer, problems, **settings)
+    greedy = ask(progress="greedy")
     result = {
         "model": model_args.model_name_or_path,
         "adapter": arguments.adapter,
@@ -274,9 +325,31 @@ def main() -> None:
         "greedy_answers_sha256": greedy.answers_sha256,
     }
     if arguments.sampled:
-        result["sampled"] = score(model, tokenizer, problems, sampled=True, progress="sampled", **settings).fraction
-    result |= settings | {"dtype": str(model.dtype), "device": device, "threads": torch.get_num_threads()}
+        result["sampled"] = ask(sampled=True, progress="sampled").fraction
+    result |= settings | run
     print(json.dumps(result), flush=True)
+
+
+def load_for_scoring(arguments: ScoreArguments, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
+    """Loads the base, and the adapter onto it, on the device where it shall run."""
+    model = load_model(model_args, arguments.trust_remote_code)
+    if arguments.adapter is not None:
+        config = PeftConfig.from_pretrained(arguments.adapter)
+        if arguments.basis is not None:
+            config.basis = arguments.basis
+        model = PeftModel.from_pretrained(model, arguments.adapter, config=config)
+    device = "cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu"
+    # A quantized model was put there while loading.
+    return model if model_args.load_in_4bit or model_args.load_in_8bit else model.to(device)
+
+
+def servers_and_name(arguments: ScoreArguments, model_args: ModelConfig) -> tuple[VllmServers, str]:
+    """Returns the servers, and what they shall answer with: the adapter as text, or their base model's name."""
+    servers = VllmServers(split_urls(arguments.vllm_server_base_url))
+    if arguments.adapter is None:
+        return servers, servers.base_model()
+    base = skeleton(model_args.model_name_or_path, model_args.model_revision, arguments.trust_remote_code)
+    return servers, inline_adapter_of_folder(arguments.adapter, base).text()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,159 @@
+"""A base model whose weights stay in its checkpoint -> its factors; and an inline adapter -> a plain LoRA, in a folder.
+
+For a server, which has the weights in a form of its own, fused, sharded and on a device. The factors are kept once, for
+all adapters, and are verified against the checkpoint, one weight at a time, when the server starts.
+"""
+
+import functools
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from . import fingerprint
+from .assignment import requests_of
+from .basis import place_sigma
+from .build import build_bases
+from .compact import SKETCH_TOLERANCE
+from .config import TinyLoraConfig
+from .delta import mix
+from .errors import AdapterFileError, BasisError, BasisMismatchError, first_line
+from .inline import InlineAdapter
+from .original import OriginalWeights
+from .projection import draw_projection, seed_of_module
+
+
+# Of all modules of one adapter: 64 MB. A request names u, and P takes modules * u * r * r numbers.
+MOST_PROJECTION_NUMBERS = 2**24
+
+
+def skeleton(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A base model without its weights: all on the meta device.
+
+    Args:
+        name (`str`): id or folder of a causal language model.
+        revision (`str`, *optional*): branch, tag or commit.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether to run the code that a model ships with.
+
+    Raises:
+        BasisError: if there is no such model, or none that transformers knows.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise BasisError(f"the base model {name!r} cannot be opened: {first_line(error)}") from error
+    model.name_or_path = name
+    return model
+
+
+class ServedBase:
+    """The factors of all linear modules of a base model, for the adapters that a server is sent.
+
+    Args:
+        name (`str`): id or folder of the base model, with a safetensors checkpoint of float weights.
+        r (`int`): rank that adapters must have.
+        revision (`str`, *optional*): branch, tag or commit.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): whether to run the code that the model ships with.
+
+    Raises:
+        BasisError: if there is no such checkpoint, or `r` is too large for a module.
+    """
+
+    def __init__(self, name: str, r: int, revision: str | None = None, trust_remote_code: bool = False) -> None:
+        self.name, self.r = name, r
+        self.model = skeleton(name, revision, trust_remote_code)
+        config = TinyLoraConfig(r=r, u=1, tie="none", target_modules="all-linear")
+        requests, source = requests_of(self.model, config)
+        checkpoint = OriginalWeights(self.model)
+        requests = [
+            request._replace(
+                read=functools.partial(
+                    checkpoint.read, request.key, self.model.get_submodule(request.key), request.shape
+                )
+            )
+            for request in requests
+        ]
+        self._bases = build_bases(requests, source, sigma="left", canonical=True)
+
+    def lora(self, adapter: InlineAdapter) -> dict[str, torch.Tensor]:
+        """The factors of a plain LoRA with a scaling of 1, under PEFT's names.
+
+        Args:
+            adapter ([`InlineAdapter`]): from a stranger.
+
+        Returns:
+            `dict[str, torch.Tensor]`: "base_model.model.NAME.lora_A.weight" (r, in) and "...lora_B.weight" (out, r),
+            float32.
+
+        Raises:
+            BasisMismatchError: if it was trained on another base; names the module that differs.
+            AdapterFileError: if it has another rank, is too large, or was changed.
+        """
+        names = list(self._bases)
+        if len(adapter.groups) != len(names):
+            raise BasisMismatchError(
+                f"The adapter is of a base model with {len(adapter.groups)} linear modules, and {self.name} has "
+                f"{len(names)}: send it to a server of the base model that it was trained on."
+            )
+        if adapter.r != self.r:
+            raise AdapterFileError(
+                f"The adapter has rank {adapter.r}, and this server keeps factors of rank {self.r}: ask its owner to set "
+                f"PEFT_TINYLORA_VLLM_RANK={adapter.r}."
+            )
+        group_of = {name: group for name, group in zip(names, adapter.groups, strict=True) if group is not None}
+        if fingerprint.digest_of_groups({name: str(group) for name, group in group_of.items()}) != adapter.digest:
+            raise BasisMismatchError(
+                f"The adapter's modules have other names than those of {self.name}: send it to a server of the base "
+                "model that it was trained on."
+            )
+        if len(group_of) * adapter.u * adapter.r**2 > MOST_PROJECTION_NUMBERS:
+            raise AdapterFileError(
+                f"The adapter has u={adapter.u}, which is too large to be served: use a smaller one."
+            )
+        projections = _projections(tuple(group_of), adapter.projection_seed, adapter.u, adapter.r, adapter.from_paper)
+        v, tensors = adapter.v.float(), {}
+        for (name, group), P, sketch in zip(group_of.items(), projections, adapter.sketches.float(), strict=True):
+            basis = fingerprint.align(place_sigma(self._bases[name], adapter.sigma), sketch)
+            distance = fingerprint.factor_distance(basis, sketch)
+            if not distance <= SKETCH_TOLERANCE:
+                raise BasisMismatchError(
+                    f"The adapter was trained on another base model than {self.name}, or on another form of it: module "
+                    f"{name!r} differs by {distance:.2g}, allowed is {SKETCH_TOLERANCE:g}."
+                )
+            if not fingerprint.projection_distance(P, sketch) <= SKETCH_TOLERANCE:
+                raise AdapterFileError(
+                    f"The projection of module {name!r} is not the one that the adapter was trained with."
+                )
+            B = basis.B @ mix(v[group], P)
+            if not B.isfinite().all():
+                raise AdapterFileError(
+                    f"The update of module {name!r} is not finite: the adapter's numbers are too large."
+                )
+            tensors[f"base_model.model.{name}.lora_A.weight"] = basis.A.contiguous()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = B.contiguous()
+        return tensors
+
+    @contextmanager
+    def lora_folder(self, adapter: InlineAdapter) -> Iterator[Path]:
+        """A folder in memory (tmpfs, where there is one) with an adapter as a plain LoRA, gone afterwards."""
+        tensors = self.lora(adapter)
+        names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in list(tensors)[::2]]
+        memory = Path("/dev/shm")
+        with tempfile.TemporaryDirectory(prefix="peft_tinylora-", dir=memory if memory.is_dir() else None) as folder:
+            LoraConfig(r=adapter.r, lora_alpha=adapter.r, target_modules=names).save_pretrained(folder)
+            save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
+            yield Path(folder)
+
+
+@functools.lru_cache(maxsize=4)  # the steps of a training run, say, differ in v alone
+def _projections(names: tuple[str, ...], seed: int, u: int, r: int, from_paper: bool) -> tuple[torch.Tensor, ...]:
+    """P (u, r, r) of each module."""
+    seeds = [seed_of_module(seed, name) if from_paper else seed + index for index, name in enumerate(names)]
+    return tuple(draw_projection(u, r, module_seed) for module_seed in seeds)

@@ -1,0 +1,199 @@
+"""In vLLM's API server: the `model` field of a request -> which adapter to load; refused with a sentence, or remembered.
+
+Names come from the allow-list, so there are only so many. Inline adapters do not: their number, length and rate are
+bounded here, because vLLM itself would remember the name of every adapter that it ever saw, list all of them for every
+client under /v1/models, and keep a time series of its metrics for each.
+"""
+
+import asyncio
+import functools
+import re
+import time
+from collections.abc import Iterator
+
+from fastapi import HTTPException
+from vllm.engine.protocol import EngineClient
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
+
+from ..adapter_files import find_adapter
+from ..errors import AdapterFileError, HubError, TinyLoraError
+from ..inline import PREFIX, parse_inline
+from .request import inline_request, lora_request
+from .settings import Settings
+
+
+logger = init_logger("vllm.peft_tinylora")
+
+MOST_REMEMBERED = 256  # inline adapters, so that those in use are not decoded and sent to the engine for each request
+
+
+class TinyLoraResolver(LoRAResolver):
+    """Name or text -> what vLLM shall load.
+
+    Args:
+        settings ([`Settings`]): what the server serves.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+
+    def knows(self, lora_name: str) -> bool:
+        """Whether a name is on the allow-list or looks like an inline adapter."""
+        return lora_name in self.settings.sources or lora_name.startswith(PREFIX)
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        """See [`LoRAResolver`].
+
+        Raises:
+            TinyLoraError: if the adapter cannot be had; says why and what to do.
+        """
+        if lora_name in self.settings.sources:
+            source = self.settings.sources[lora_name]
+            folder = await asyncio.to_thread(find_adapter, source)  # may download
+            return lora_request(lora_name, str(folder))
+        if lora_name.startswith(PREFIX):
+            if not self.settings.inline:
+                raise AdapterFileError(
+                    "This server takes no adapters in the request: ask its owner to add `inline` to PEFT_TINYLORA_VLLM, or "
+                    f"use one of its own: {', '.join(self.settings.sources)}."
+                )
+            parse_inline(lora_name, self.settings.most_characters)
+            return inline_request(lora_name)
+        return None
+
+
+class Remembered(dict[str, LoRARequest]):
+    """vLLM's `lora_requests`, which it asks whether a name is loaded, with so many inline adapters and none of them listed.
+
+    vLLM looks a name up once to check the request and once more to run it, and lists the values for every client.
+    """
+
+    def __getitem__(self, name: str) -> LoRARequest:
+        request = super().__getitem__(name)
+        if name.startswith(PREFIX):  # to the end: the first is the one that was not used for longest
+            self[name] = self.pop(name)
+        return request
+
+    def remember(self, name: str, request: LoRARequest) -> None:
+        """Adds one, and drops the inline one that was not used for longest where there are too many."""
+        self[name] = request
+        inline = [other for other in self if other.startswith(PREFIX)]
+        if len(inline) > MOST_REMEMBERED:
+            del self[inline[0]]
+
+    def values(self) -> Iterator[LoRARequest]:
+        return iter([request for name, request in self.items() if not name.startswith(PREFIX)])
+
+
+class Adapters:
+    """What one API server has asked its engine to load.
+
+    Args:
+        resolver ([`TinyLoraResolver`]): where adapters come from.
+    """
+
+    def __init__(self, resolver: TinyLoraResolver) -> None:
+        self._resolver = resolver
+        self._loading: dict[str, asyncio.Task[LoRARequest]] = {}
+        self._allowance, self._counted = float(resolver.settings.rate), time.monotonic()
+
+    async def get(self, models: OpenAIServingModels, name: str) -> LoRARequest:
+        """The adapter of a name, loaded and remembered.
+
+        Raises:
+            HTTPException: with the status and a sentence, if it cannot be served.
+        """
+        if not isinstance(models.lora_requests, Remembered):
+            models.lora_requests = Remembered(models.lora_requests)
+        if name in models.lora_requests:
+            return models.lora_requests[name]
+        task = self._loading.get(name)
+        if task is None:
+            if name.startswith(PREFIX):
+                self._count_new()
+            task = self._loading[name] = asyncio.create_task(self._load(models, name))
+            task.add_done_callback(lambda _: self._loading.pop(name, None))
+        # One client that leaves must not take the adapter away from others that wait for it.
+        return await asyncio.shield(task)
+
+    def _count_new(self) -> None:
+        now, rate = time.monotonic(), self._resolver.settings.rate
+        self._allowance = min(float(rate), self._allowance + (now - self._counted) * rate)
+        self._counted = now
+        if self._allowance < 1:
+            raise HTTPException(
+                429, f"More than {rate} new inline adapters a second: try again in a second, or use fewer adapters."
+            )
+        self._allowance -= 1
+
+    async def _load(self, models: OpenAIServingModels, name: str) -> LoRARequest:
+        base = models.model_config.model
+        try:
+            request = await self._resolver.resolve_lora(base, name)
+        except HubError as error:
+            raise HTTPException(502, str(error)) from error
+        except TinyLoraError as error:
+            raise HTTPException(400, str(error)) from error
+        reason = await _reason_not_to_load(models.engine_client, request)
+        if reason is not None:
+            logger.warning("refused %s: %s", request.lora_name, reason)
+            raise HTTPException(400, reason)
+        models.lora_requests.remember(name, request)
+        return request
+
+
+async def _reason_not_to_load(engine: EngineClient, request: LoRARequest) -> str | None:
+    """Loads an adapter; returns what the engine has against it."""
+    try:
+        await engine.add_lora(request)
+    except Exception as error:  # noqa: BLE001 - vLLM carries an error between processes as a plain Exception
+        # Around what was raised where the model is: Call to add_lora method failed: Worker failed with error '...', please
+        reason = str(error).removeprefix("Call to add_lora method failed: ")
+        in_worker = re.match(r"Worker failed with error '(.*)', please check", reason, re.DOTALL)
+        return in_worker[1] if in_worker else reason
+    return None
+
+
+def serve_names(settings: Settings) -> None:
+    """Registers the resolver, and bounds what vLLM's API server remembers of it; once for a process."""
+    if LoRAResolverRegistry.resolvers.get("tinylora") is not None:
+        return
+    resolver = TinyLoraResolver(settings)
+    LoRAResolverRegistry.register_resolver("tinylora", resolver)
+    adapters = Adapters(resolver)
+    stock_resolve, stock_stats = OpenAIServingModels.resolve_lora, LoRARequestStates.update_scheduler_stats
+
+    @functools.wraps(stock_resolve)
+    async def resolve_lora(self: OpenAIServingModels, lora_name: str) -> LoRARequest | ErrorResponse:
+        if resolver.knows(lora_name):
+            return await adapters.get(self, lora_name)
+        answer = await stock_resolve(self, lora_name)
+        if not isinstance(answer, LoRARequest):
+            self.lora_resolver_lock.pop(lora_name, None)  # one for each wrong name that was ever sent
+            if set(LoRAResolverRegistry.get_supported_resolvers()) == {"tinylora"}:
+                raise HTTPException(404, _unknown(self, lora_name, settings))
+        return answer
+
+    @functools.wraps(stock_stats)
+    def update_scheduler_stats(self: LoRARequestStates, scheduler_stats: SchedulerStats | None) -> None:
+        stock_stats(self, scheduler_stats)
+        if scheduler_stats is not None:
+            for counts in (scheduler_stats.waiting_lora_adapters, scheduler_stats.running_lora_adapters):
+                inline = [name for name in counts if name.startswith(PREFIX)]
+                if inline:
+                    counts[f"{PREFIX}inline"] = sum(counts.pop(name) for name in inline)
+
+    OpenAIServingModels.resolve_lora = resolve_lora
+    LoRARequestStates.update_scheduler_stats = update_scheduler_stats
+
+
+def _unknown(models: OpenAIServingModels, name: str, settings: Settings) -> str:
+    loaded = [request.lora_name for request in models.lora_requests.values()]
+    served = [path.name for path in models.base_model_paths] + loaded + list(settings.sources)
+    also = ", and adapters in the request" if settings.inline else ""
+    return f"This server has no model and no adapter {name[:100]!r}. It has {', '.join(dict.fromkeys(served))}{also}."

@@ -1,0 +1,86 @@
+"""What the owner of a server allows, from environment variables, which vLLM's processes inherit.
+
+PEFT_TINYLORA_VLLM             who may be served, separated by commas: `inline` for adapters in the request, a Hub id, or
+                               NAME=FOLDER. Not set: this plugin does nothing.
+PEFT_TINYLORA_VLLM_RANK        rank of the factors that are kept, and that adapters must have (2)
+PEFT_TINYLORA_VLLM_CHARACTERS  longest inline adapter (65536, some 10,000 numbers in fp32)
+PEFT_TINYLORA_VLLM_RATE        inline adapters a second that were not served just before (100)
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from ..errors import ConfigError
+
+
+INLINE = "inline"
+VARIABLE = "PEFT_TINYLORA_VLLM"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a server serves.
+
+    Args:
+        sources (`dict[str, str]`): name that requests use -> Hub id or absolute folder.
+        inline (`bool`): whether adapters may be in the request.
+        rank (`int`): of every adapter.
+        most_characters (`int`): longest inline adapter.
+        rate (`int`): new inline adapters a second.
+    """
+
+    sources: dict[str, str]
+    inline: bool
+    rank: int = 2
+    most_characters: int = 65536
+    rate: int = 100
+
+
+def read_settings(environment: Mapping[str, str] = os.environ) -> Settings | None:
+    """The settings; `None` where the plugin is off.
+
+    Raises:
+        ConfigError: names the variable, the value and what is allowed.
+    """
+    entries = [entry.strip() for entry in environment.get(VARIABLE, "").split(",")]
+    entries = [entry for entry in entries if entry]
+    if not entries:
+        return None
+    sources = dict(_source(entry) for entry in entries if entry != INLINE)
+    numbers = {
+        field: _positive(environment, f"{VARIABLE}_{variable}")
+        for field, variable in (("rank", "RANK"), ("most_characters", "CHARACTERS"), ("rate", "RATE"))
+    }
+    return Settings(
+        sources, INLINE in entries, **{field: number for field, number in numbers.items() if number is not None}
+    )
+
+
+def _source(entry: str) -> tuple[str, str]:
+    """`NAME=FOLDER`, or the id of an adapter on the Hub, as (name, source)."""
+    name, has_folder, folder = entry.partition("=")
+    if has_folder:
+        if not name or not Path(folder).is_dir():
+            raise ConfigError(f"{VARIABLE}: {entry!r} names no folder of this machine: NAME=FOLDER, or a Hub id.")
+        return name, str(Path(folder).resolve())
+    try:
+        validate_repo_id(entry)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{VARIABLE}: {entry!r} is neither `{INLINE}`, nor NAME=FOLDER, nor a Hub id like 'user/name'."
+        ) from error
+    return entry, entry
+
+
+def _positive(environment: Mapping[str, str], variable: str) -> int | None:
+    value = environment.get(variable)
+    if value is None:
+        return None
+    if not value.isdecimal() or int(value) == 0:
+        raise ConfigError(f"{variable}={value!r}: must be a positive integer.")
+    return int(value)
