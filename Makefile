@@ -119,7 +119,7 @@ $(VLLM_VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-vllm: $(VLLM_VENV)/.installed
-	@$(VLLM_VENV)/bin/python -m pytest -m vllm tests/vllm $(ARGS)
+	@$(VLLM_VENV)/bin/python -m pytest -m vllm tests/serving $(ARGS)
 
 # GRPO and SFT, 4-bit and 16-bit, TinyLoRA and LoRA side by side: peak memory and step time.
 benchmark: setup

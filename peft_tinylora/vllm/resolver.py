@@ -18,6 +18,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 
 from ..adapter_files import find_adapter
@@ -151,6 +152,8 @@ async def _reason_not_to_load(engine: EngineClient, request: LoRARequest) -> str
     """Loads an adapter; returns what the engine has against it."""
     try:
         await engine.add_lora(request)
+    except EngineDeadError:
+        raise  # no fault of the adapter: vLLM answers with status 500, and a client goes to another server
     except Exception as error:  # noqa: BLE001 - vLLM carries an error between processes as a plain Exception
         # Around what was raised where the model is: Call to add_lora method failed: Worker failed with error '...', please
         reason = str(error).removeprefix("Call to add_lora method failed: ")
