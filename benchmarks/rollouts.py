@@ -26,7 +26,7 @@ from benchmarks.report import run_lines
 from benchmarks.shapes import shape_of
 from benchmarks.vllm_server import EMBEDDED, ROOT, Server
 from peft_tinylora import export_adapter
-from peft_tinylora.inline import InlineAdapter, inline_adapter_of_folder, linear_modules
+from peft_tinylora.inline import PREFIX, InlineAdapter, inline_adapter_of_folder, linear_modules, name_of
 from peft_tinylora.served import skeleton
 from peft_tinylora.tying import group_modules
 from trl_recipes.vllm_servers import Completion, Prompt, VllmServers
@@ -83,7 +83,13 @@ def bytes_table() -> str:
 def sampled(server: Server, model: str, prompts: list[list[int]]) -> list[Completion]:
     """A completion of each prompt at temperature 1."""
     answers = VllmServers([server.url]).generate(
-        model, [Prompt(ids, 1) for ids in prompts], max_tokens=40, temperature=1.0, top_p=1.0, top_k=-1
+        model,
+        [Prompt(ids, 1) for ids in prompts],
+        max_tokens=40,
+        expected_model=name_of(model) if model.startswith(PREFIX) else model,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=-1,
     )
     return [answer[0] for answer in answers]
 

@@ -39,6 +39,7 @@ class Server:
         self.url, self.name, self.log = f"http://127.0.0.1:{self.port}", str(model), log
         own = {
             "PEFT_TINYLORA_VLLM": "inline",
+            "PEFT_TINYLORA_VLLM_RATE": "1000",
             "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
             "VLLM_CPU_KVCACHE_SPACE": "1",  # GB
             "VLLM_NO_USAGE_STATS": "1",

@@ -13,6 +13,7 @@ import binascii
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -33,19 +34,47 @@ def sketch(basis: Basis, P: torch.Tensor) -> torch.Tensor:
     return torch.cat([_sums_of_factors(basis), _signed_sums(P.reshape(-1, 1))])
 
 
+class Sums(NamedTuple):
+    """What sketches are compared with: all that depends on the factors alone.
+
+    Args:
+        sums (`torch.Tensor`): the first 2r numbers of their sketch, not rounded, float32, on the CPU.
+        lengths (`torch.Tensor`): how far apart the sums of unrelated factors are, shape (2r,).
+    """
+
+    sums: torch.Tensor
+    lengths: torch.Tensor
+
+    def signs(self, saved: torch.Tensor) -> torch.Tensor:
+        """-1.0 for each pair that `saved` has negated, shape (r,)."""
+        agreement = (self.sums / self.lengths) * (saved[:-1] / self.lengths)  # a product of small ones would underflow
+        return torch.where(agreement.view(2, -1).sum(0) < 0, -1.0, 1.0)
+
+    def distance(self, saved: torch.Tensor, signs: torch.Tensor | None = None) -> float:
+        """Estimate of the relative distance from the factors that `saved` is a sketch of, once negated by `signs`."""
+        sums = self.sums if signs is None else self.sums * signs.repeat(2)
+        return ((sums - saved[:-1]) / self.lengths).square().mean().sqrt().item()
+
+
+def sums_of(basis: Basis) -> Sums:
+    """See [`Sums`]."""
+    return Sums(_sums_of_factors(basis), _lengths(basis))
+
+
 def align(basis: Basis, saved: torch.Tensor) -> Basis:
     """`basis` with the pairs negated that `saved` has negated; not for experts, whose sketch is a sum."""
-    if basis.A.ndim == 3:
-        return basis
-    lengths = _lengths(basis)
-    agreement = (_sums_of_factors(basis) / lengths) * (saved[:-1] / lengths)  # a product of small ones would underflow
-    signs = torch.where(agreement.view(2, -1).sum(0) < 0, -1.0, 1.0).to(basis.A)
+    return basis if basis.A.ndim == 3 else negated(basis, sums_of(basis).signs(saved))
+
+
+def negated(basis: Basis, signs: torch.Tensor) -> Basis:
+    """`basis` with each pair times its sign, shape (r,)."""
+    signs = signs.to(basis.A)
     return Basis(basis.A * signs[:, None], basis.B * signs, basis.angle)
 
 
 def factor_distance(basis: Basis, saved: torch.Tensor) -> float:
     """Estimate of the relative distance of the factors from those that `saved` is a sketch of."""
-    return ((_sums_of_factors(basis) - saved[:-1]) / _lengths(basis)).square().mean().sqrt().item()
+    return sums_of(basis).distance(saved)
 
 
 def projection_distance(P: torch.Tensor, saved: torch.Tensor) -> float:

@@ -1,6 +1,6 @@
 """An adapter <-> text that fits into the `model` field of a request: v, which v each module reads, and the fingerprint.
 
-    tinylora:1.AgAAAQANADEAKgAAAAAAAAB...            base64url of the bytes below, without padding
+    tinylora:1.AgABAA0AMQAqAAAAAAAAA...               base64url of the bytes below, without padding
 
     u8  r        u8  1: v is bfloat16, 2: sigma is "split", 4: projections seeded as PEFT does
     u16 u        u16 groups        u16 modules       all linear modules of the base but its output layer, in model order
@@ -11,7 +11,7 @@
     8 bytes                        of the SHA-256 of all bytes before
 
 Numbers only, little endian: nothing in it names a file or is run. Who has the base model has everything else, and the
-digest and the sketches tell whether it is that base. 13 numbers on Qwen2.5-7B take 3.2 kB, nearly all of it sketches.
+digest and the sketches tell whether it is that base. 13 numbers on Qwen2.5-7B take 3.3 kB, most of it sketches.
 """
 
 import base64
@@ -44,7 +44,7 @@ IN_BFLOAT16, SPLIT_SIGMA, PEFT_PROJECTIONS = 1, 2, 4
 MOST_16_BITS = 2**16 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # tensors; `text()` is what two are compared by
 class InlineAdapter:
     """What the text of an adapter says.
 
@@ -82,18 +82,18 @@ class InlineAdapter:
         head = (self.r, flags, self.u, len(self.v), len(rows), self.projection_seed, bytes.fromhex(self.digest))
         data = HEAD.pack(*head) + struct.pack(f"<{len(rows)}H", *rows) + _bytes(self.sketches) + _bytes(self.v)
         data += hashlib.sha256(data).digest()[:CHECKSUM_BYTES]
-        return f"{PREFIX}{VERSION}.{base64.urlsafe_b64encode(data).decode().rstrip('=')}"
+        return f"{PREFIX}{VERSION}.{_encoded(data)}"
 
     def with_vectors(self, v: torch.Tensor) -> "InlineAdapter":
         """The same adapter with other numbers, shape (groups, u), as after a step of training."""
         if v.shape != self.v.shape:
             raise AdapterFileError(f"v has shape {tuple(v.shape)}, and this adapter's {tuple(self.v.shape)}.")
-        return replace(self, v=v.detach().cpu().to(self.v.dtype))
+        return replace(self, v=_finite(v.detach().to("cpu", self.v.dtype, copy=True)))
 
 
 def name_of(text: str) -> str:
     """A short name for an inline adapter, the same everywhere: what a server calls it in its answers and its log."""
-    return f"{PREFIX}{VERSION}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"{PREFIX}{VERSION}:{hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
 
 def inline_adapter(model: PeftModel, adapter_name: str = "default") -> InlineAdapter:
@@ -106,16 +106,17 @@ def inline_adapter(model: PeftModel, adapter_name: str = "default") -> InlineAda
     Raises:
         AdapterFileError: if it is more than v on the base's float weights; says what, and what to do.
     """
-    trained = model.peft_config[adapter_name]
+    trained = model.peft_config.get(adapter_name)
     if not isinstance(trained, TinyLoraConfig):
+        found = f"not there, only {list(model.peft_config)}" if trained is None else f"of {type(trained).__name__}"
         raise AdapterFileError(
-            f"adapter {adapter_name!r} is no TinyLoRA of peft_tinylora: import it, and load it again."
+            f"adapter {adapter_name!r} is no TinyLoRA of peft_tinylora, but {found}: make it with peft_tinylora.TinyLoraConfig."
         )
     config = copy.copy(trained)
     config.save_basis, config.save_dtype = False, None  # v alone, and not rounded
     model.peft_config[adapter_name] = config
     try:
-        tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        tensors = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     finally:
         model.peft_config[adapter_name] = trained
     return _inline(config, tensors, model.get_base_model())
@@ -150,23 +151,25 @@ def parse_inline(text: str, most_characters: int) -> InlineAdapter:
     Raises:
         AdapterFileError: if it is no such text, is damaged, or cannot be meant; says what and what to do.
     """
-    version, dot, encoded = text.removeprefix(PREFIX).partition(".")
-    if not text.startswith(PREFIX) or not dot:
-        raise AdapterFileError(f"{text[:40]!r} is no inline adapter, which is like 'tinylora:1.AgAA...'. {_AGAIN}")
-    if version != str(VERSION):
-        raise AdapterFileError(
-            f"The inline adapter has format version {version[:20]!r}, and this peft_tinylora reads {VERSION}: use the "
-            "same version on both sides."
-        )
     if len(text) > most_characters:
         raise AdapterFileError(
             f"The inline adapter has {len(text)} characters, and this server takes {most_characters} at most: use a "
             "smaller u or fewer groups, or ask the server's owner for more (PEFT_TINYLORA_VLLM_CHARACTERS)."
         )
+    version, dot, encoded = text.removeprefix(PREFIX).partition(".")
+    if not text.startswith(PREFIX) or not dot:
+        raise AdapterFileError(f"{text[:40]!r} is no inline adapter, which is like 'tinylora:1.AgAB...'. {_AGAIN}")
+    if version != str(VERSION):
+        raise AdapterFileError(
+            f"The inline adapter has format version {version[:20]!r}, and this peft_tinylora reads {VERSION}: use the "
+            "same version on both sides."
+        )
     try:
         data = base64.b64decode(encoded + "=" * (-len(encoded) % 4), altchars=b"-_", validate=True)
     except (binascii.Error, ValueError) as error:
         raise AdapterFileError(f"The inline adapter is no base64url ({error}). {_AGAIN}") from error
+    if _encoded(data) != encoded:  # or one adapter would have many texts, and be another one for each of them
+        raise AdapterFileError(f"The inline adapter is no base64url without padding. {_AGAIN}")
     if len(data) < HEAD.size + CHECKSUM_BYTES:
         raise AdapterFileError(f"The inline adapter holds {len(data)} bytes, which are too few. {_AGAIN}")
     body, checksum = data[:-CHECKSUM_BYTES], data[-CHECKSUM_BYTES:]
@@ -246,7 +249,13 @@ def _inline(config: TinyLoraConfig, tensors: Mapping[str, torch.Tensor], base_mo
             f"The adapter is too large for a request: r={config.r}, u={config.u}, {len(v)} groups, {len(names)} modules."
         )
     conventions = conventions_of(config)
-    ranks = [config.r] * len(group_of)
+    try:
+        sketches = fingerprint.decode(saved["modules"], [config.r] * len(group_of))
+    except AdapterFileError as error:
+        raise AdapterFileError(
+            f"The adapter's modules do not all have rank {config.r}, or it belongs to another base model. Serve it as a LoRA: "
+            "`peft-tinylora export ADAPTER FOLDER --to lora`."
+        ) from error
     return InlineAdapter(
         r=config.r,
         sigma=conventions.sigma,
@@ -254,8 +263,8 @@ def _inline(config: TinyLoraConfig, tensors: Mapping[str, torch.Tensor], base_mo
         projection_seed=config.projection_seed,
         digest=saved["groups"],
         groups=tuple(group_of.get(name) for name in names),
-        sketches=torch.stack(fingerprint.decode(saved["modules"], ranks)).bfloat16(),
-        v=v.detach().cpu() if v.dtype == torch.bfloat16 else v.detach().cpu().float(),
+        sketches=torch.stack(sketches).bfloat16(),
+        v=_finite(v.detach().to("cpu", v.dtype if v.dtype == torch.bfloat16 else torch.float32, copy=True)),
     )
 
 
@@ -266,6 +275,18 @@ def groups_by_name(config: TinyLoraConfig, base_model: nn.Module) -> dict[str, i
     if conventions.from_paper:
         return group_modules(names, conventions.tie, conventions.n_tie)
     return group_modules_by_ratio(names, config.weight_tying)
+
+
+def _finite(v: torch.Tensor) -> torch.Tensor:
+    if not v.isfinite().all():
+        raise AdapterFileError(
+            "v holds NaN or Inf: the training diverged. Go back to a checkpoint, with a smaller step."
+        )
+    return v
+
+
+def _encoded(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:

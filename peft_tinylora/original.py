@@ -5,17 +5,29 @@ its base model, quantized or not.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
-from .errors import BasisError
-from .weight import FLOATING_DTYPES, working_dtype
+from .errors import BasisError, first_line
+from .weight import FLOATING_DTYPES, stores_transposed, working_dtype
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[safe_open]:
+    """A safetensors file; raises [`BasisError`] if it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise BasisError(f"{path} is cut short or damaged ({first_line(error)}): download it again.") from error
 
 
 class OriginalWeights:
@@ -46,7 +58,7 @@ class OriginalWeights:
 
         single = find(SAFE_WEIGHTS_NAME)
         if single is not None:
-            with safe_open(single, framework="pt") as tensors:
+            with opened(single) as tensors:
                 return dict.fromkeys(tensors.keys(), single)
         index = find(SAFE_WEIGHTS_INDEX_NAME)
         if index is None:
@@ -56,6 +68,12 @@ class OriginalWeights:
             )
         file_of = json.loads(index.read_text())["weight_map"]
         paths = {file: find(file) for file in set(file_of.values())}  # each asks the Hub
+        missing = sorted(file for file, path in paths.items() if path is None)
+        if missing:
+            raise BasisError(
+                f"basis='full-precision': {self.name} has no {missing[0]}, which its {SAFE_WEIGHTS_INDEX_NAME} names: "
+                "download the checkpoint again."
+            )
         return {tensor: paths[file] for tensor, file in file_of.items()}
 
     def read(self, key: str, layer: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
@@ -76,7 +94,7 @@ class OriginalWeights:
                 f"basis='full-precision': the checkpoint {self.name} has no tensor {names[0]!r}. Leave `basis` out, or "
                 "name the module in `exclude_modules`."
             )
-        with safe_open(self._file_of[name], framework="pt") as tensors:
+        with opened(self._file_of[name]) as tensors:
             weight = tensors.get_tensor(name)
         if weight.dtype not in FLOATING_DTYPES:
             raise BasisError(
@@ -84,7 +102,8 @@ class OriginalWeights:
                 f"{weight.dtype}). Load the unquantized model with a quantization_config, or leave `basis` out."
             )
         # bitsandbytes' layers say what they stand in for.
-        weight = weight.T if getattr(layer, "source_cls", None) is Conv1D else weight
+        is_transposed = stores_transposed(layer) or getattr(layer, "source_cls", None) is Conv1D
+        weight = weight.T if is_transposed else weight
         if tuple(weight.shape) != tuple(shape):
             raise BasisError(
                 f"basis='full-precision': {name!r} of {self.name} has shape {tuple(weight.shape)}, and the module has "

@@ -5,20 +5,22 @@ all adapters, and are verified against the checkpoint, one weight at a time, whe
 """
 
 import functools
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from . import fingerprint
 from .assignment import requests_of
-from .basis import place_sigma
-from .build import build_bases
+from .basis import Basis, place_sigma
+from .build import Request, build_bases
 from .compact import SKETCH_TOLERANCE
 from .config import TinyLoraConfig
 from .delta import mix
@@ -28,8 +30,9 @@ from .original import OriginalWeights
 from .projection import draw_projection, seed_of_module
 
 
-# Of all modules of one adapter: 64 MB. A request names u, and P takes modules * u * r * r numbers.
-MOST_PROJECTION_NUMBERS = 2**24
+# Of all modules of one adapter. A request names u, and P takes modules * u * r * r numbers: 401,408 for the paper's largest,
+# u = 512 on Qwen2.5-7B. They are drawn while the server does nothing else.
+MOST_PROJECTION_NUMBERS = 2**20
 
 
 def skeleton(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -47,8 +50,8 @@ def skeleton(name: str, revision: str | None = None, trust_remote_code: bool = F
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise BasisError(f"the base model {name!r} cannot be opened: {first_line(error)}") from error
+    except (OSError, ValueError, StrictDataclassError) as error:
+        raise BasisError(f"The base model {name!r} cannot be opened: {first_line(error)}") from error
     model.name_or_path = name
     return model
 
@@ -70,17 +73,26 @@ class ServedBase:
         self.name, self.r = name, r
         self.model = skeleton(name, revision, trust_remote_code)
         config = TinyLoraConfig(r=r, u=1, tie="none", target_modules="all-linear")
-        requests, source = requests_of(self.model, config)
-        checkpoint = OriginalWeights(self.model)
-        requests = [
-            request._replace(
-                read=functools.partial(
-                    checkpoint.read, request.key, self.model.get_submodule(request.key), request.shape
-                )
+        try:
+            requests, source = requests_of(self.model, config)
+            checkpoint = OriginalWeights(self.model)
+            self._bases = build_bases(
+                [self._read_from(checkpoint, request) for request in requests], source, sigma="left", canonical=True
             )
-            for request in requests
-        ]
-        self._bases = build_bases(requests, source, sigma="left", canonical=True)
+        except BasisError as error:
+            raise BasisError(
+                f"{name} cannot be served with adapters of rank {r}, whose factors are taken from its checkpoint: {error}"
+            ) from error
+
+    @functools.cache  # noqa: B019 - one object for the life of a server
+    def _with_sums(self, sigma: str) -> dict[str, tuple[Basis, fingerprint.Sums]]:
+        """The factors of each module with the singular values where `sigma` says, and what sketches are compared with."""
+        placed = {name: place_sigma(basis, sigma) for name, basis in self._bases.items()}
+        return {name: (basis, fingerprint.sums_of(basis)) for name, basis in placed.items()}
+
+    def _read_from(self, checkpoint: OriginalWeights, request: Request) -> Request:
+        layer = self.model.get_submodule(request.key)
+        return request._replace(read=functools.partial(checkpoint.read, request.key, layer, request.shape))
 
     def lora(self, adapter: InlineAdapter) -> dict[str, torch.Tensor]:
         """The factors of a plain LoRA with a scaling of 1, under PEFT's names.
@@ -110,7 +122,7 @@ class ServedBase:
         group_of = {name: group for name, group in zip(names, adapter.groups, strict=True) if group is not None}
         if fingerprint.digest_of_groups({name: str(group) for name, group in group_of.items()}) != adapter.digest:
             raise BasisMismatchError(
-                f"The adapter's modules have other names than those of {self.name}: send it to a server of the base "
+                f"The adapter's modules have other names than those of {self.name}, or read other numbers: send it to a server of the base "
                 "model that it was trained on."
             )
         if len(group_of) * adapter.u * adapter.r**2 > MOST_PROJECTION_NUMBERS:
@@ -118,10 +130,11 @@ class ServedBase:
                 f"The adapter has u={adapter.u}, which is too large to be served: use a smaller one."
             )
         projections = _projections(tuple(group_of), adapter.projection_seed, adapter.u, adapter.r, adapter.from_paper)
-        v, tensors = adapter.v.float(), {}
+        v, known, tensors = adapter.v.float(), self._with_sums(adapter.sigma), {}
         for (name, group), P, sketch in zip(group_of.items(), projections, adapter.sketches.float(), strict=True):
-            basis = fingerprint.align(place_sigma(self._bases[name], adapter.sigma), sketch)
-            distance = fingerprint.factor_distance(basis, sketch)
+            basis, sums = known[name]
+            signs = sums.signs(sketch)
+            distance = sums.distance(sketch, signs)
             if not distance <= SKETCH_TOLERANCE:
                 raise BasisMismatchError(
                     f"The adapter was trained on another base model than {self.name}, or on another form of it: module "
@@ -131,6 +144,7 @@ class ServedBase:
                 raise AdapterFileError(
                     f"The projection of module {name!r} is not the one that the adapter was trained with."
                 )
+            basis = fingerprint.negated(basis, signs)
             B = basis.B @ mix(v[group], P)
             if not B.isfinite().all():
                 raise AdapterFileError(
@@ -145,11 +159,17 @@ class ServedBase:
         """A folder in memory (tmpfs, where there is one) with an adapter as a plain LoRA, gone afterwards."""
         tensors = self.lora(adapter)
         names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in list(tensors)[::2]]
-        memory = Path("/dev/shm")
-        with tempfile.TemporaryDirectory(prefix="peft_tinylora-", dir=memory if memory.is_dir() else None) as folder:
+        size_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        with tempfile.TemporaryDirectory(prefix="peft_tinylora-", dir=folder_in_memory(4 * size_bytes)) as folder:
             LoraConfig(r=adapter.r, lora_alpha=adapter.r, target_modules=names).save_pretrained(folder)
             save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
             yield Path(folder)
+
+
+def folder_in_memory(free_bytes: int) -> Path | None:
+    """Where files are kept in memory, if so much is free there: containers often have 64 MB in all."""
+    memory = Path("/dev/shm")
+    return memory if memory.is_dir() and shutil.disk_usage(memory).free >= free_bytes else None
 
 
 @functools.lru_cache(maxsize=4)  # the steps of a training run, say, differ in v alone

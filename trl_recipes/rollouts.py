@@ -5,7 +5,9 @@ or sent but v, as text (peft_tinylora/inline.py); vLLM adds the update beside it
 trainer's probabilities is left to TRL's importance sampling, for which the log-probabilities come back with the tokens.
 """
 
+import itertools
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -17,8 +19,10 @@ from trl_recipes.arguments import GRPOArguments, RecipeError, TinyLoraArguments
 from trl_recipes.vllm_servers import Completion, Prompt, VllmServers, split_urls
 
 
-# accelerate's, by which vLLM would take itself for a process of the training run, and wait for the others.
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# The launcher's, by which vLLM would take itself for a process of the training run, and wait for the others.
+LAUNCHER_VARIABLES = re.compile(
+    r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_\w+)"
+)
 
 
 class Generator(Protocol):
@@ -72,25 +76,41 @@ class Rollouts:
         }
 
     def check(self, trainer: GRPOTrainer) -> None:
-        """Asks for one token, so that what is wrong is said before anything was waited for."""
-        self._generate(trainer, [Prompt([trainer.processing_class.eos_token_id], 1)], 1)
+        """Asks for one token, so that what is wrong is said before anything was waited for.
 
-    def _generate(self, trainer: GRPOTrainer, requests: list[Prompt], max_tokens: int) -> list[list[Completion]]:
+        Raises:
+            RecipeError: if the adapter is refused, or the log-probabilities are not those that are sampled from.
+        """
+        prompt = Prompt([trainer.processing_class.eos_token_id], 1)
+        self._generate(trainer, [prompt], 1)
+        is_plain = trainer.temperature == 1 and trainer.top_p == 1 and not trainer.top_k and not trainer.min_p
+        if not (is_plain and trainer.repetition_penalty == 1):
+            [[completion]] = self._generate(trainer, [prompt], 1, top_k=1)
+            if completion.logprobs[0] < -1e-3:  # of the likeliest token, the only one that may be sampled
+                raise RecipeError(
+                    "the server's log-probabilities are those before temperature, top_p and top_k: start it with "
+                    "--logprobs-mode processed_logprobs."
+                )
+        self._adapter = None  # a run that resumes may have the signs of another machine
+
+    def _generate(
+        self, trainer: GRPOTrainer, requests: list[Prompt], max_tokens: int, **more: object
+    ) -> list[list[Completion]]:
         model = trainer.accelerator.unwrap_model(trainer.model)
         if self._adapter is None:
             self._adapter = inline_adapter(model)
         text = self._adapter.with_vectors(model.base_model.tinylora_v.vectors_of("default")).text()
-        return self._generator.generate(
-            text,
-            requests,
-            max_tokens=max_tokens,
-            expected_model=name_of(text),
-            temperature=trainer.temperature,
-            top_p=trainer.top_p,
-            top_k=trainer.top_k or -1,  # 0 and None: all tokens, which vLLM calls -1
-            min_p=trainer.min_p or 0.0,
-            repetition_penalty=trainer.repetition_penalty,
+        sampling = {
+            "temperature": trainer.temperature,
+            "top_p": trainer.top_p,
+            "top_k": trainer.top_k or -1,  # 0 and None: all tokens, which vLLM calls -1
+            "min_p": trainer.min_p or 0.0,
+            "repetition_penalty": trainer.repetition_penalty,
             **(trainer.args.generation_kwargs or {}),
+            **more,
+        }
+        return self._generator.generate(
+            text, requests, max_tokens=max_tokens, expected_model=name_of(text), **sampling
         )
 
 
@@ -124,12 +144,13 @@ class ColocatedVllm:
 
     def __init__(self, model_args: ModelConfig, training_args: GRPOConfig, rank: int) -> None:
         os.environ |= {"PEFT_TINYLORA_VLLM": "inline", "PEFT_TINYLORA_VLLM_RANK": str(rank)}
-        os.environ["PEFT_TINYLORA_VLLM_CHARACTERS"] = str(2**24)  # of the user's own
         os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
         try:
             from vllm import LLM
         except ImportError as error:
             raise RecipeError("rollout: vllm-colocate needs vLLM: pip install 'peft-tinylora[vllm]'.") from error
+        self._ids = itertools.count(1)
+        self._last = None  # the request of the last v
         dtype = model_args.dtype if model_args.dtype in ("float32", "float16", "bfloat16") else "auto"
         with without_launcher():
             self._llm = LLM(
@@ -151,13 +172,17 @@ class ColocatedVllm:
     ) -> list[list[Completion]]:
         """See [`VllmServers.generate`]."""
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
-        from peft_tinylora.vllm.request import inline_request
-
+        if self._last is None or self._last.lora_path != model:
+            self._last = LoRARequest(name_of(model), next(self._ids), model)
+            [reason] = self._llm.collective_rpc("tinylora_reason", args=(model,))
+            if reason is not None:
+                raise RecipeError(f"vLLM cannot load the adapter: {reason or 'see the error above.'}")
         outputs = self._llm.generate(
             [{"prompt_token_ids": prompt.token_ids} for prompt in prompts],
             [SamplingParams(n=prompt.n, max_tokens=max_tokens, logprobs=0, **sampling) for prompt in prompts],
-            lora_request=inline_request(model),
+            lora_request=self._last,
             use_tqdm=False,
         )
         return [
@@ -180,7 +205,7 @@ def served_rank(rank: int) -> int:
 @contextmanager
 def without_launcher() -> Iterator[None]:
     """While this lasts, the environment does not say which process of a training run this is."""
-    kept = {name: os.environ.pop(name) for name in LAUNCHER_VARIABLES if name in os.environ}
+    kept = {name: os.environ.pop(name) for name in list(os.environ) if LAUNCHER_VARIABLES.fullmatch(name)}
     try:
         yield
     finally:
@@ -226,6 +251,12 @@ def _check_options(
         raise RecipeError(
             f"rollout: {recipe_args.rollout} on a quantized base: vLLM has the weights of the checkpoint, and the adapter's "
             "basis would be that of the quantized ones: set tinylora_basis: full-precision."
+        )
+    modes = ("token_truncate", "token_mask")
+    if training_args.loss_type == "vespo" and training_args.vllm_importance_sampling_mode not in modes:
+        raise RecipeError(
+            f"loss_type: vespo with vllm_importance_sampling_mode: {training_args.vllm_importance_sampling_mode}: that loss "
+            f"needs {' or '.join(modes)}."
         )
     if recipe_args.rollout == "vllm" and not training_args.vllm_server_base_url:
         raise RecipeError("rollout: vllm: set vllm_server_base_url to the servers' URLs, separated by commas.")

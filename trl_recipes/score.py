@@ -41,7 +41,7 @@ from transformers import (  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
 from peft_tinylora import TinyLoraError  # noqa: E402
-from peft_tinylora.inline import inline_adapter_of_folder  # noqa: E402
+from peft_tinylora.inline import PREFIX, inline_adapter_of_folder, name_of  # noqa: E402
 from peft_tinylora.served import skeleton  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
     ProblemArguments,
@@ -169,6 +169,7 @@ def score_on_servers(
         model,
         [Prompt(ids, 1) for ids in inputs],
         max_tokens=max_completion_length,
+        expected_model=name_of(model) if model.startswith(PREFIX) else model,
         progress=progress,
         temperature=1.0 if sampled else 0.0,
         top_p=1.0,

@@ -7,34 +7,33 @@ client under /v1/models, and keep a time series of its metrics for each.
 
 import asyncio
 import functools
-import re
 import time
 from collections.abc import Iterator
 
 from fastapi import HTTPException
-from vllm.engine.protocol import EngineClient
+from transformers import PreTrainedModel
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
-from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.stats import LoRARequestStates, SchedulerStats
 
-from ..adapter_files import find_adapter
-from ..errors import AdapterFileError, HubError, TinyLoraError
-from ..inline import PREFIX, parse_inline
-from .request import inline_request, lora_request
+from ..errors import AdapterFileError, TinyLoraError
+from ..inline import PREFIX, inline_adapter_of_folder, name_of, parse_inline
+from ..served import skeleton
 from .settings import Settings
+from .worker import SERVER_FAULT
 
 
 logger = init_logger("vllm.peft_tinylora")
 
 MOST_REMEMBERED = 256  # inline adapters, so that those in use are not decoded and sent to the engine for each request
+MOST_LOADING = 8  # at once: the engine generates nothing while it looks at one
 
 
 class TinyLoraResolver(LoRAResolver):
-    """Name or text -> what vLLM shall load.
+    """Name or text -> what vLLM shall load, of which the path is always text.
 
     Args:
         settings ([`Settings`]): what the server serves.
@@ -42,30 +41,39 @@ class TinyLoraResolver(LoRAResolver):
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self._skeletons: dict[str, PreTrainedModel] = {}
 
     def knows(self, lora_name: str) -> bool:
         """Whether a name is on the allow-list or looks like an inline adapter."""
         return lora_name in self.settings.sources or lora_name.startswith(PREFIX)
 
+    def check_text(self, text: str) -> None:
+        """Raises [`AdapterFileError`] for text that need not be shown to the engine."""
+        if not self.settings.inline:
+            raise AdapterFileError(
+                "This server takes no adapters in the request: ask its owner to add `inline` to PEFT_TINYLORA_VLLM, or "
+                f"use one of its own: {', '.join(self.settings.sources)}."
+            )
+        parse_inline(text, self.settings.most_characters)
+
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """See [`LoRAResolver`].
+        """See [`LoRAResolver`]. vLLM gives the request an id of its own counter.
 
         Raises:
             TinyLoraError: if the adapter cannot be had; says why and what to do.
         """
         if lora_name in self.settings.sources:
-            source = self.settings.sources[lora_name]
-            folder = await asyncio.to_thread(find_adapter, source)  # may download
-            return lora_request(lora_name, str(folder))
+            text = await asyncio.to_thread(self._read, self.settings.sources[lora_name], base_model_name)
+            return LoRARequest(lora_name, 1, text)
         if lora_name.startswith(PREFIX):
-            if not self.settings.inline:
-                raise AdapterFileError(
-                    "This server takes no adapters in the request: ask its owner to add `inline` to PEFT_TINYLORA_VLLM, or "
-                    f"use one of its own: {', '.join(self.settings.sources)}."
-                )
-            parse_inline(lora_name, self.settings.most_characters)
-            return inline_request(lora_name)
+            self.check_text(lora_name)
+            return LoRARequest(name_of(lora_name), 1, lora_name)
         return None
+
+    def _read(self, source: str, base_model_name: str) -> str:
+        if base_model_name not in self._skeletons:
+            self._skeletons[base_model_name] = skeleton(base_model_name)
+        return inline_adapter_of_folder(source, self._skeletons[base_model_name]).text()
 
 
 class Remembered(dict[str, LoRARequest]):
@@ -74,11 +82,11 @@ class Remembered(dict[str, LoRARequest]):
     vLLM looks a name up once to check the request and once more to run it, and lists the values for every client.
     """
 
-    def __getitem__(self, name: str) -> LoRARequest:
-        request = super().__getitem__(name)
-        if name.startswith(PREFIX):  # to the end: the first is the one that was not used for longest
+    def __contains__(self, name: object) -> bool:
+        found = super().__contains__(name)
+        if found and name.startswith(PREFIX):  # to the end: the first is the one that was not asked for longest
             self[name] = self.pop(name)
-        return request
+        return found
 
     def remember(self, name: str, request: LoRARequest) -> None:
         """Adds one, and drops the inline one that was not used for longest where there are too many."""
@@ -116,50 +124,49 @@ class Adapters:
         task = self._loading.get(name)
         if task is None:
             if name.startswith(PREFIX):
-                self._count_new()
+                self._admit(name)
             task = self._loading[name] = asyncio.create_task(self._load(models, name))
             task.add_done_callback(lambda _: self._loading.pop(name, None))
         # One client that leaves must not take the adapter away from others that wait for it.
         return await asyncio.shield(task)
 
-    def _count_new(self) -> None:
+    def _admit(self, text: str) -> None:
+        """Raises [`HTTPException`] for text that is none, and where there are too many new ones."""
+        try:
+            self._resolver.check_text(text)
+        except TinyLoraError as error:
+            raise HTTPException(400, str(error)) from error
         now, rate = time.monotonic(), self._resolver.settings.rate
         self._allowance = min(float(rate), self._allowance + (now - self._counted) * rate)
         self._counted = now
-        if self._allowance < 1:
+        if self._allowance < 1 or len(self._loading) >= MOST_LOADING:
             raise HTTPException(
-                429, f"More than {rate} new inline adapters a second: try again in a second, or use fewer adapters."
+                429,
+                f"More than {rate} new inline adapters a second, or {MOST_LOADING} at once: try again in a second, or use "
+                "fewer adapters.",
             )
         self._allowance -= 1
 
     async def _load(self, models: OpenAIServingModels, name: str) -> LoRARequest:
-        base = models.model_config.model
         try:
-            request = await self._resolver.resolve_lora(base, name)
-        except HubError as error:
-            raise HTTPException(502, str(error)) from error
+            request = await self._resolver.resolve_lora(models.model_config.model, name)
         except TinyLoraError as error:
-            raise HTTPException(400, str(error)) from error
-        reason = await _reason_not_to_load(models.engine_client, request)
+            # What is wrong with an adapter of its owner's is not for strangers.
+            logger.error("%s cannot be served: %s", name, error)
+            raise HTTPException(
+                503, f"The adapter {name[:100]!r} cannot be served now: its owner's log says why."
+            ) from error
+        reasons = await models.engine_client.collective_rpc("tinylora_reason", args=(request.lora_path,))
+        reason = next((reason for reason in reasons if reason is not None), None)
+        if reason == SERVER_FAULT:
+            raise HTTPException(503, "The adapter could not be loaded: the server's log says why.")
         if reason is not None:
             logger.warning("refused %s: %s", request.lora_name, reason)
             raise HTTPException(400, reason)
+        request.lora_int_id = models.lora_id_counter.inc(1)
+        await models.engine_client.add_lora(request)  # what it raises becomes status 500, as of a dead engine
         models.lora_requests.remember(name, request)
         return request
-
-
-async def _reason_not_to_load(engine: EngineClient, request: LoRARequest) -> str | None:
-    """Loads an adapter; returns what the engine has against it."""
-    try:
-        await engine.add_lora(request)
-    except EngineDeadError:
-        raise  # no fault of the adapter: vLLM answers with status 500, and a client goes to another server
-    except Exception as error:  # noqa: BLE001 - vLLM carries an error between processes as a plain Exception
-        # Around what was raised where the model is: Call to add_lora method failed: Worker failed with error '...', please
-        reason = str(error).removeprefix("Call to add_lora method failed: ")
-        in_worker = re.match(r"Worker failed with error '(.*)', please check", reason, re.DOTALL)
-        return in_worker[1] if in_worker else reason
-    return None
 
 
 def serve_names(settings: Settings) -> None:

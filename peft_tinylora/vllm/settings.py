@@ -4,10 +4,11 @@ PEFT_TINYLORA_VLLM             who may be served, separated by commas: `inline` 
                                NAME=FOLDER. Not set: this plugin does nothing.
 PEFT_TINYLORA_VLLM_RANK        rank of the factors that are kept, and that adapters must have (2)
 PEFT_TINYLORA_VLLM_CHARACTERS  longest inline adapter (65536, some 10,000 numbers in fp32)
-PEFT_TINYLORA_VLLM_RATE        inline adapters a second that were not served just before (100)
+PEFT_TINYLORA_VLLM_RATE        inline adapters a second that were not served just before (20)
 """
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..errors import ConfigError
+from ..inline import PREFIX
 
 
 INLINE = "inline"
@@ -38,7 +40,7 @@ class Settings:
     inline: bool
     rank: int = 2
     most_characters: int = 65536
-    rate: int = 100
+    rate: int = 20
 
 
 def read_settings(environment: Mapping[str, str] = os.environ) -> Settings | None:
@@ -51,7 +53,12 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings | Non
     entries = [entry for entry in entries if entry]
     if not entries:
         return None
-    sources = dict(_source(entry) for entry in entries if entry != INLINE)
+    sources: dict[str, str] = {}
+    for entry in entries:
+        if entry != INLINE:
+            name, source = _source(entry)
+            if sources.setdefault(name, source) != source:
+                raise ConfigError(f"{VARIABLE}: {name!r} stands there twice, with other folders.")
     numbers = {
         field: _positive(environment, f"{VARIABLE}_{variable}")
         for field, variable in (("rank", "RANK"), ("most_characters", "CHARACTERS"), ("rate", "RATE"))
@@ -63,9 +70,11 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings | Non
 
 def _source(entry: str) -> tuple[str, str]:
     """`NAME=FOLDER`, or the id of an adapter on the Hub, as (name, source)."""
-    name, has_folder, folder = entry.partition("=")
+    name, has_folder, folder = (part.strip() for part in entry.partition("="))
     if has_folder:
-        if not name or not Path(folder).is_dir():
+        if name == INLINE or name.startswith(PREFIX):
+            raise ConfigError(f"{VARIABLE}: {entry!r}: {INLINE!r} and {PREFIX!r} stand for adapters in the request.")
+        if not name or not folder or not Path(folder).is_dir():
             raise ConfigError(f"{VARIABLE}: {entry!r} names no folder of this machine: NAME=FOLDER, or a Hub id.")
         return name, str(Path(folder).resolve())
     try:
@@ -81,6 +90,6 @@ def _positive(environment: Mapping[str, str], variable: str) -> int | None:
     value = environment.get(variable)
     if value is None:
         return None
-    if not value.isdecimal() or int(value) == 0:
-        raise ConfigError(f"{variable}={value!r}: must be a positive integer.")
+    if not re.fullmatch(r"[1-9][0-9]{0,8}", value):
+        raise ConfigError(f"{variable}={value[:40]!r}: must be a positive integer of at most 9 digits.")
     return int(value)

@@ -173,6 +173,24 @@ def test_the_question_at_the_start_is_one_token(make_trainer, tiny_model_dir):
     assert prompts == [Prompt([trainer.processing_class.eos_token_id], 1)]
 
 
+def test_log_probabilities_before_the_temperature_are_refused(make_trainer, tiny_model_dir):
+    class Raw(AnotherModel):
+        def generate(self, model: str, prompts: Sequence[Prompt], **options: object) -> list[list[Completion]]:
+            super().generate(model, prompts, **options)
+            return [[Completion([3], [self.logprob])]]
+
+    vllm = Raw(tiny_model_dir)
+    vllm.logprob = -0.5
+    trainer = make_trainer(vllm)
+    trainer.rollout_func.check(trainer)  # at temperature 1 both are the same
+    trainer.temperature = 0.7
+    with pytest.raises(RecipeError, match="--logprobs-mode processed_logprobs"):
+        trainer.rollout_func.check(trainer)
+    vllm.logprob = 0.0
+    trainer.rollout_func.check(trainer)
+    assert [sampling["top_k"] for _, _, sampling in vllm.asked] == [-1, -1, 1, -1, 1]
+
+
 @pytest.mark.parametrize(
     "rollout, options, parts",
     [
@@ -181,6 +199,7 @@ def test_the_question_at_the_start_is_one_token(make_trainer, tiny_model_dir):
         ({"rollout": "vllm"}, {"vllm_server_base_url": " , "}, ["at least one"]),
         ({"rollout": "vllm"}, {"vllm_server_base_url": "localhost:8000"}, ["'localhost:8000'", "http://host:8000"]),
         ({"rollout": "vllm"}, {"vllm_server_base_url": "http://a", "use_vllm": True}, ["use_vllm", "set one"]),
+        ({"rollout": "vllm"}, {"vllm_server_base_url": "http://a", "loss_type": "vespo"}, ["vespo", "token_truncate"]),
         ({"rollout": "vllm", "load_in_4bit": True}, {"vllm_server_base_url": "http://a"}, ["full-precision"]),
     ],
 )
@@ -199,9 +218,10 @@ def test_by_default_trl_generates(tmp_path):
 
 def test_vllm_is_started_without_the_launchers_variables(monkeypatch):
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with without_launcher():
-        assert "RANK" not in os.environ
+        assert "RANK" not in os.environ and "TORCHELASTIC_USE_AGENT_STORE" not in os.environ
     assert os.environ["RANK"] == "0" and "MASTER_ADDR" not in os.environ
 
 

@@ -56,13 +56,15 @@ def lora(tmp_path_factory) -> Path:
 def server(start, lora, tmp_path_factory) -> Iterator[Server]:
     """A server that serves adapters in the request, one of a folder, one of the Hub, and the exported LoRA."""
     home = tmp_path_factory.mktemp("home")
+    template = home / "template.jinja"
+    template.write_text("{{ messages[0]['content'] }}")
     with loopback.running_hub() as hub:
         machine = Machine(hub, home)
         done = machine.command("push", ADAPTER, "user/adapter", "--base", "user/base")
         machine.close()
         assert done.status == 0, done.stderr
         yield start(
-            *("--lora-modules", f"exported={lora}"),
+            *("--lora-modules", f"exported={lora}", "--chat-template", str(template)),
             PEFT_TINYLORA_VLLM=f"inline, user/adapter, folder={ADAPTER}",
             HF_ENDPOINT=hub.url,
             HF_TOKEN="hf_secret",
