@@ -29,7 +29,8 @@ from peft_tinylora import export_adapter
 from peft_tinylora.inline import PREFIX, InlineAdapter, inline_adapter_of_folder, linear_modules, name_of
 from peft_tinylora.served import skeleton
 from peft_tinylora.tying import group_modules
-from trl_recipes.vllm_servers import Completion, Prompt, VllmServers
+from trl_recipes.vllm_requests import Completion, Prompt
+from trl_recipes.vllm_servers import VllmServers
 
 
 ADAPTER = ROOT / "model_cards/embedded_grpo"

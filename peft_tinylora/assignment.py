@@ -70,11 +70,7 @@ def assign(
         UnsupportedModuleError, BasisError, TyingError: name the target.
     """
     conventions = conventions_of(config)
-    names = [name for target in targets for name in target.names]
-    if conventions.from_paper:
-        groups = group_modules(names, conventions.tie, conventions.n_tie)
-    else:
-        groups = group_modules_by_ratio(names, config.weight_tying)
+    groups = groups_of(targets, config)
     if not read_from_file(config):
         warn_if_overparametrised(config, groups)
 
@@ -108,6 +104,15 @@ def assign(
         )
     bases = build_bases(requests, source, sigma=conventions.sigma, canonical=conventions.from_paper)
     return {key: given._replace(basis=bases.get(key, given.basis)) for key, given in assignments.items()}
+
+
+def groups_of(targets: Sequence[Target], config: PeftConfig) -> dict[str, int]:
+    """Which v each matrix reads: its name -> group, in model order."""
+    conventions = conventions_of(config)
+    names = [name for target in targets for name in target.names]
+    if conventions.from_paper:
+        return group_modules(names, conventions.tie, conventions.n_tie)
+    return group_modules_by_ratio(names, config.weight_tying)
 
 
 def requests_of(model: nn.Module, config: PeftConfig) -> tuple[list[Request], WeightSource]:

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import hub
-from .adapter_files import find_adapter
+from .adapter_files import find_adapter, read_config
 from .card import is_hub_id
 from .cli_basis import add_basis_commands, add_loading_options, load_base
 from .describe import Description, describe, lines
@@ -64,11 +64,10 @@ def make_parser() -> argparse.ArgumentParser:
     pull.set_defaults(run=pull_adapter)
     export = commands.add_parser("export", help="write an adapter in another form")
     inline = commands.add_parser("inline", help="an adapter as text, for requests to vLLM")
-    inline.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
     inline.add_argument("--base", help="id or folder of the base model (default: what the adapter names)")
     inline.add_argument("--trust-remote-code", action="store_true", help="run the code that the base model ships with")
     inline.set_defaults(run=print_inline)
-    for command in (inspect, export):
+    for command in (inspect, export, inline):
         command.add_argument("adapter", metavar="ADAPTER", help="folder or Hub id")
         command.add_argument("--revision", help="branch, tag or commit, of one on the Hub (default: main)")
         command.add_argument("--subfolder", help="where in it the adapter is")
@@ -138,11 +137,11 @@ def export_folder(options: argparse.Namespace) -> int:
 
 def print_inline(options: argparse.Namespace) -> int:
     """Prints an adapter as text."""
-    config = describe(find_adapter(options.adapter)).config
+    folder = find_adapter(options.adapter, options.revision, options.subfolder)
+    config = read_config(folder)
     name = base_of(options, config.base_model_name_or_path)
-    revision = None if options.base else config.revision
-    base = skeleton(name, revision, options.trust_remote_code)
-    print(inline_adapter_of_folder(options.adapter, base).text())
+    base = skeleton(name, None if options.base else config.revision, options.trust_remote_code)
+    print(inline_adapter_of_folder(folder, base).text())
     return 0
 
 

@@ -29,11 +29,11 @@ from torch import nn
 
 from . import compact, fingerprint
 from .adapter_files import find_adapter, packed_vectors, read_adapter
+from .assignment import groups_of
 from .config import TinyLoraConfig, conventions_of
 from .errors import AdapterFileError
 from .source import FLOAT
 from .targets import find_targets, target_names
-from .tying import group_modules, group_modules_by_ratio
 
 
 PREFIX = "tinylora:"
@@ -231,7 +231,7 @@ def _inline(config: TinyLoraConfig, tensors: Mapping[str, torch.Tensor], base_mo
             "hold. Train it with basis='full-precision' (recipes: --tinylora_basis full-precision), or serve it as a LoRA: "
             "`peft-tinylora export ADAPTER FOLDER --to lora`."
         )
-    group_of = groups_by_name(config, base_model)
+    group_of = groups_of(find_targets(base_model, config), config)
     if fingerprint.digest_of_groups({name: str(group) for name, group in group_of.items()}) != saved["groups"]:
         raise AdapterFileError(
             "The adapter's modules are not those of this base model, or do not share numbers as they did when it was "
@@ -268,15 +268,6 @@ def _inline(config: TinyLoraConfig, tensors: Mapping[str, torch.Tensor], base_mo
     )
 
 
-def groups_by_name(config: TinyLoraConfig, base_model: nn.Module) -> dict[str, int]:
-    """Which row of v each module of an adapter reads, by the module's name in the base model, in model order."""
-    names = [name for target in find_targets(base_model, config) for name in target.names]
-    conventions = conventions_of(config)
-    if conventions.from_paper:
-        return group_modules(names, conventions.tie, conventions.n_tie)
-    return group_modules_by_ratio(names, config.weight_tying)
-
-
 def _finite(v: torch.Tensor) -> torch.Tensor:
     if not v.isfinite().all():
         raise AdapterFileError(
@@ -294,6 +285,4 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 
 def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
-    if not data:
-        return torch.empty(shape, dtype=dtype)
     return torch.frombuffer(bytearray(data), dtype=dtype).reshape(shape)

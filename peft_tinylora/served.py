@@ -83,6 +83,7 @@ class ServedBase:
             raise BasisError(
                 f"{name} cannot be served with adapters of rank {r}, whose factors are taken from its checkpoint: {error}"
             ) from error
+        self._with_sums("left")  # now, and not while the first request waits
 
     @functools.cache  # noqa: B019 - one object for the life of a server
     def _with_sums(self, sigma: str) -> dict[str, tuple[Basis, fingerprint.Sums]]:
@@ -108,22 +109,21 @@ class ServedBase:
             BasisMismatchError: if it was trained on another base; names the module that differs.
             AdapterFileError: if it has another rank, is too large, or was changed.
         """
-        names = list(self._bases)
-        if len(adapter.groups) != len(names):
+        if len(adapter.groups) != len(self._bases):
             raise BasisMismatchError(
                 f"The adapter is of a base model with {len(adapter.groups)} linear modules, and {self.name} has "
-                f"{len(names)}: send it to a server of the base model that it was trained on."
+                f"{len(self._bases)}: send it to a server of the base model that it was trained on."
             )
         if adapter.r != self.r:
             raise AdapterFileError(
                 f"The adapter has rank {adapter.r}, and this server keeps factors of rank {self.r}: ask its owner to set "
                 f"PEFT_TINYLORA_VLLM_RANK={adapter.r}."
             )
-        group_of = {name: group for name, group in zip(names, adapter.groups, strict=True) if group is not None}
+        group_of = self.group_of(adapter)
         if fingerprint.digest_of_groups({name: str(group) for name, group in group_of.items()}) != adapter.digest:
             raise BasisMismatchError(
-                f"The adapter's modules have other names than those of {self.name}, or read other numbers: send it to a server of the base "
-                "model that it was trained on."
+                f"The adapter's modules have other names than those of {self.name}, or read other "
+                "numbers: send it to a server of the base model that it was trained on."
             )
         if len(group_of) * adapter.u * adapter.r**2 > MOST_PROJECTION_NUMBERS:
             raise AdapterFileError(
@@ -154,11 +154,16 @@ class ServedBase:
             tensors[f"base_model.model.{name}.lora_B.weight"] = B.contiguous()
         return tensors
 
+    def group_of(self, adapter: InlineAdapter) -> dict[str, int]:
+        """The modules that an adapter of this base adapts, in model order -> the row of v that each of them reads."""
+        groups = zip(self._bases, adapter.groups, strict=True)
+        return {name: group for name, group in groups if group is not None}
+
     @contextmanager
     def lora_folder(self, adapter: InlineAdapter) -> Iterator[Path]:
         """A folder in memory (tmpfs, where there is one) with an adapter as a plain LoRA, gone afterwards."""
         tensors = self.lora(adapter)
-        names = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in list(tensors)[::2]]
+        names = list(self.group_of(adapter))
         size_bytes = sum(tensor.nbytes for tensor in tensors.values())
         with tempfile.TemporaryDirectory(prefix="peft_tinylora-", dir=folder_in_memory(4 * size_bytes)) as folder:
             LoraConfig(r=adapter.r, lora_alpha=adapter.r, target_modules=names).save_pretrained(folder)

@@ -8,6 +8,8 @@ import torch
 from support import make_tiny_llama
 from transformers import LlamaForCausalLM
 
+from peft_tinylora import build
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _not_the_users_cache(tmp_path_factory) -> Iterator[None]:
@@ -41,3 +43,20 @@ def tiny_llama() -> Callable[..., LlamaForCausalLM]:
 def tokens() -> torch.Tensor:
     """A batch of token ids, shape (3, 10)."""
     return torch.randint(1, 48, (3, 10), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory) -> Path:
+    """A base model on disk, so that it has a name and a checkpoint."""
+    folder = tmp_path_factory.mktemp("base")
+    make_tiny_llama().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[str]:
+    """Names of the modules whose basis was computed."""
+    names = []
+    original = build.compute_basis
+    monkeypatch.setattr(build, "compute_basis", lambda *a: names.append(a[-1]) or original(*a))
+    return names

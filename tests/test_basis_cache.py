@@ -27,15 +27,6 @@ def base_folder(tmp_path) -> Path:
     return tmp_path / "base"
 
 
-@pytest.fixture
-def computed(monkeypatch) -> list[str]:
-    """Names of the modules whose basis was computed."""
-    names = []
-    original = build.compute_basis
-    monkeypatch.setattr(build, "compute_basis", lambda *a: names.append(a[-1]) or original(*a))
-    return names
-
-
 def adapt(folder: Path, **fields: object) -> PeftModel:
     return get_peft_model(LlamaForCausalLM.from_pretrained(folder), TinyLoraConfig(**{**TILED, **fields}))
 

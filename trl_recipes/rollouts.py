@@ -16,7 +16,8 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from peft_tinylora.inline import InlineAdapter, inline_adapter, name_of
 from trl_recipes.arguments import GRPOArguments, RecipeError, TinyLoraArguments
-from trl_recipes.vllm_servers import Completion, Prompt, VllmServers, split_urls
+from trl_recipes.vllm_requests import Completion, Prompt
+from trl_recipes.vllm_servers import VllmServers, split_urls
 
 
 # The launcher's, by which vLLM would take itself for a process of the training run, and wait for the others.

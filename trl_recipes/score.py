@@ -55,7 +55,8 @@ from trl_recipes.arguments import (  # noqa: E402
 from trl_recipes.problems import load_rows, to_problems  # noqa: E402
 from trl_recipes.rewards import exact_match_reward  # noqa: E402
 from trl_recipes.trainer_setup import hide_known_noise, load_model, load_tokenizer  # noqa: E402
-from trl_recipes.vllm_servers import Prompt, VllmServers, split_urls  # noqa: E402
+from trl_recipes.vllm_requests import Prompt  # noqa: E402
+from trl_recipes.vllm_servers import VllmServers, split_urls  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -309,6 +310,7 @@ def main() -> None:
 
     settings = {"max_completion_length": arguments.max_completion_length}
     if arguments.vllm_server_base_url is not None:
+        refuse_options_of_a_loaded_model(arguments, model_args)
         run = {"servers": arguments.vllm_server_base_url}
         ask = partial(score_on_servers, *servers_and_name(arguments, model_args), tokenizer, problems, **settings)
     else:
@@ -342,6 +344,20 @@ def load_for_scoring(arguments: ScoreArguments, model_args: ModelConfig) -> PreT
     device = "cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu"
     # A quantized model was put there while loading.
     return model if model_args.load_in_4bit or model_args.load_in_8bit else model.to(device)
+
+
+def refuse_options_of_a_loaded_model(arguments: ScoreArguments, model_args: ModelConfig) -> None:
+    """Raises [`RecipeError`] for options that servers, which have their own weights, would not heed."""
+    given = {
+        "basis": arguments.basis,
+        "load_in_4bit": model_args.load_in_4bit,
+        "load_in_8bit": model_args.load_in_8bit,
+    }
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise RecipeError(
+            f"{', '.join(names)} with vllm_server_base_url: the servers have their own weights: leave it out."
+        )
 
 
 def servers_and_name(arguments: ScoreArguments, model_args: ModelConfig) -> tuple[VllmServers, str]:

@@ -12,16 +12,17 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from urllib.parse import urlsplit
 
-from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAI, OpenAIError, Timeout
+from openai import OpenAI, OpenAIError, Timeout
 from tqdm import tqdm
 
 from trl_recipes.arguments import RecipeError
+from trl_recipes.vllm_requests import Completion, Prompt, ServerFailure, ask
 
 
 logger = logging.getLogger(__name__)
@@ -32,35 +33,6 @@ LONGEST_PAUSE_SECONDS = 30.0
 LATE_SECONDS = 5.0  # a request that is out for less does not go to a second server
 LATE_FACTOR = 4.0  # nor does one that is out for less than so many times the median of its batch
 POLL_SECONDS = 0.1  # how long at most it goes unseen that a pause is over or a request is late
-BUSY = (408, 429)  # of the statuses 4xx, those that do not blame the request
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """What one request asks for.
-
-    Args:
-        token_ids (`list[int]`): the prompt.
-        n (`int`): completions wanted.
-    """
-
-    token_ids: list[int]
-    n: int
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What a server generated.
-
-    Args:
-        token_ids (`list[int]`): the tokens, the end token included where there was one.
-        logprobs (`list[float]`): natural log of the probability of each, at least -9999; nan where the server gave none.
-            With `--logprobs-mode processed_logprobs` the server takes the distribution that it sampled from. By default it
-            takes the model's own, before temperature, penalties and truncation.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
 
 
 class VllmServers:
@@ -144,12 +116,12 @@ class VllmServers:
         Raises:
             RecipeError: if a server refuses a request or answers with another model, at once; if all fail for `patience`.
         """
-        ask = partial(_ask, model=model, max_tokens=max_tokens, expected_model=expected_model, sampling=sampling)
+        ask_server = partial(ask, model=model, max_tokens=max_tokens, expected_model=expected_model, sampling=sampling)
         batch = _Batch(prompts)
         with tqdm(total=len(prompts), desc=progress, disable=progress is None, leave=False) as bar:
             while batch.missing:
                 while assignment := self._next_assignment(batch):
-                    self._send(ask, batch, *assignment)
+                    self._send(ask_server, batch, *assignment)
                 with suppress(queue.Empty):
                     self._settle(batch, *self._ended.get(timeout=POLL_SECONDS))
                 self._check_patience(batch)
@@ -179,13 +151,13 @@ class VllmServers:
                 return server, index
         return None
 
-    def _send(self, ask: Callable, batch: "_Batch", server: "_Server", index: int) -> None:
+    def _send(self, ask_server: Callable, batch: "_Batch", server: "_Server", index: int) -> None:
         """Sends a prompt in a thread, which ends with its request."""
         attempt = _Attempt(server, index, is_probe=server.is_aside)
 
         def work() -> None:
             try:
-                outcome = ask(server, batch.prompts[index])
+                outcome = ask_server(server.client, server.url, batch.prompts[index])
             except Exception as error:
                 outcome = error
             self._ended.put((attempt, outcome))
@@ -200,7 +172,7 @@ class VllmServers:
         attempt.server.note(attempt, outcome)
         if attempt not in batch.out.get(attempt.index, ()):  # of an earlier call, or another server was faster
             return
-        if isinstance(outcome, _ServerFailure):
+        if isinstance(outcome, ServerFailure):
             batch.put_back(attempt)
         elif isinstance(outcome, Exception):
             raise outcome
@@ -218,10 +190,6 @@ class VllmServers:
             f"no vLLM server has answered for {waited:.0f} s: {reasons}. Check the URLs and the servers' logs, and start "
             "the recipe again when one is up."
         )
-
-
-class _ServerFailure(Exception):
-    """A request that another server may well answer. The message is the reason in a few words."""
 
 
 @dataclass
@@ -250,7 +218,7 @@ class _Server:
     def note(self, attempt: "_Attempt", outcome: list[Completion] | Exception) -> None:
         """Puts it aside or takes it back. While it is aside only the probe counts: the others were sent before."""
         self.in_flight -= 1
-        failed = isinstance(outcome, _ServerFailure)
+        failed = isinstance(outcome, ServerFailure)
         if attempt.is_probe:
             self.is_probed = False
             self.pause = min(2 * self.pause, LONGEST_PAUSE_SECONDS) if failed else 0.0
@@ -317,83 +285,6 @@ class _Batch:
         self.missing -= 1
         self.last_answer = time.monotonic()
         self.durations.append(self.last_answer - attempt.started)
-
-
-def _ask(
-    server: _Server,
-    prompt: Prompt,
-    *,
-    model: str,
-    max_tokens: int,
-    expected_model: str | None,
-    sampling: Mapping[str, object],
-) -> list[Completion]:
-    """Sends one request and returns its completions.
-
-    Raises:
-        _ServerFailure: if the server is at fault, or it is not known who is.
-        RecipeError: if the request is, or another model answered.
-    """
-    try:
-        answer = server.client.completions.create(
-            model=model,
-            prompt=prompt.token_ids,
-            n=prompt.n,
-            max_tokens=max_tokens,
-            logprobs=0,  # that of the token itself, and no likelier ones beside it
-            extra_body={**sampling, "return_token_ids": True},
-        )
-    except APIStatusError as error:
-        said = _sentence_of(error).replace(model, _short(model))
-        if error.status_code < 500 and error.status_code not in BUSY:
-            remedy = " Set VLLM_API_KEY to its key." if error.status_code in (401, 403) else ""
-            raise RecipeError(f"{server.url} refused a request (HTTP {error.status_code}): {said}{remedy}") from error
-        raise _ServerFailure(f"HTTP {error.status_code}: {_short(said)}") from error
-    except APITimeoutError as error:
-        raise _ServerFailure(f"no answer in time ({type(error.__cause__).__name__})") from error
-    except APIConnectionError as error:
-        raise _ServerFailure(f"no connection ({error.__cause__})") from error
-    except (OpenAIError, ValueError) as error:
-        raise _ServerFailure("the answer is not JSON") from error
-    completions = _completions_of(answer, prompt.n)
-    if expected_model is not None and answer.model != expected_model:
-        raise RecipeError(
-            f"{server.url} answered with another adapter: {_short(answer.model)!r} instead of {_short(expected_model)!r}. "
-            "Check that it reads adapters from the model field, and restart it."
-        )
-    return completions
-
-
-def _completions_of(answer: object, n: int) -> list[Completion]:
-    """Returns the n completions of an answer; raises [`_ServerFailure`] if it does not hold them whole."""
-    choices = getattr(answer, "choices", None) or []
-    if len(choices) != n:
-        raise _ServerFailure(f"{len(choices)} completions in the answer instead of {n}")
-    completions = []
-    for choice in sorted(choices, key=lambda choice: choice.index):
-        if choice.finish_reason == "abort":  # a server that is stopped sends what it has so far, with status 200
-            raise _ServerFailure("it broke off a completion, as a server does that is stopped")
-        token_ids = getattr(choice, "token_ids", None)
-        if token_ids is None:
-            raise _ServerFailure("no token_ids in the answer: vLLM 0.22 or newer is needed")
-        logprobs = choice.logprobs.token_logprobs if choice.logprobs else None
-        if logprobs is None:
-            raise _ServerFailure("no logprobs in the answer")
-        if len(logprobs) != len(token_ids):
-            raise _ServerFailure(f"{len(logprobs)} logprobs for {len(token_ids)} tokens in the answer")
-        completions.append(Completion(token_ids, [float("nan") if value is None else value for value in logprobs]))
-    return completions
-
-
-def _sentence_of(error: APIStatusError) -> str:
-    """What the server said, in one line: vLLM puts {"message": ...} under "error", which the client takes off."""
-    message = error.body.get("message") if isinstance(error.body, dict) else None
-    return " ".join(str(message or error.message).split())
-
-
-def _short(text: str) -> str:
-    """Returns at most 80 characters: of a longer text the start and the end, as adapters begin alike."""
-    return text if len(text) <= 80 else f"{text[:40]}…{text[-39:]}"
 
 
 def split_urls(base_urls: str) -> list[str]:

@@ -47,15 +47,6 @@ class TinyLoraResolver(LoRAResolver):
         """Whether a name is on the allow-list or looks like an inline adapter."""
         return lora_name in self.settings.sources or lora_name.startswith(PREFIX)
 
-    def check_text(self, text: str) -> None:
-        """Raises [`AdapterFileError`] for text that need not be shown to the engine."""
-        if not self.settings.inline:
-            raise AdapterFileError(
-                "This server takes no adapters in the request: ask its owner to add `inline` to PEFT_TINYLORA_VLLM, or "
-                f"use one of its own: {', '.join(self.settings.sources)}."
-            )
-        parse_inline(text, self.settings.most_characters)
-
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """See [`LoRAResolver`]. vLLM gives the request an id of its own counter.
 
@@ -66,7 +57,12 @@ class TinyLoraResolver(LoRAResolver):
             text = await asyncio.to_thread(self._read, self.settings.sources[lora_name], base_model_name)
             return LoRARequest(lora_name, 1, text)
         if lora_name.startswith(PREFIX):
-            self.check_text(lora_name)
+            if not self.settings.inline:
+                raise AdapterFileError(
+                    "This server takes no adapters in the request: ask its owner to add `inline` to PEFT_TINYLORA_VLLM, or "
+                    f"use one of its own: {', '.join(self.settings.sources)}."
+                )
+            parse_inline(lora_name, self.settings.most_characters)
             return LoRARequest(name_of(lora_name), 1, lora_name)
         return None
 
@@ -123,23 +119,17 @@ class Adapters:
             return models.lora_requests[name]
         task = self._loading.get(name)
         if task is None:
-            if name.startswith(PREFIX):
-                self._admit(name)
             task = self._loading[name] = asyncio.create_task(self._load(models, name))
             task.add_done_callback(lambda _: self._loading.pop(name, None))
         # One client that leaves must not take the adapter away from others that wait for it.
         return await asyncio.shield(task)
 
-    def _admit(self, text: str) -> None:
-        """Raises [`HTTPException`] for text that is none, and where there are too many new ones."""
-        try:
-            self._resolver.check_text(text)
-        except TinyLoraError as error:
-            raise HTTPException(400, str(error)) from error
+    def _count_new(self) -> None:
+        """Raises [`HTTPException`] where there are too many new inline adapters."""
         now, rate = time.monotonic(), self._resolver.settings.rate
         self._allowance = min(float(rate), self._allowance + (now - self._counted) * rate)
         self._counted = now
-        if self._allowance < 1 or len(self._loading) >= MOST_LOADING:
+        if self._allowance < 1 or len(self._loading) > MOST_LOADING:
             raise HTTPException(
                 429,
                 f"More than {rate} new inline adapters a second, or {MOST_LOADING} at once: try again in a second, or use "
@@ -151,11 +141,15 @@ class Adapters:
         try:
             request = await self._resolver.resolve_lora(models.model_config.model, name)
         except TinyLoraError as error:
-            # What is wrong with an adapter of its owner's is not for strangers.
+            if name.startswith(PREFIX):
+                raise HTTPException(400, str(error)) from error
+            # What is wrong with an adapter of the owner's is not for strangers.
             logger.error("%s cannot be served: %s", name, error)
             raise HTTPException(
                 503, f"The adapter {name[:100]!r} cannot be served now: its owner's log says why."
             ) from error
+        if name.startswith(PREFIX):
+            self._count_new()  # not what is no adapter, which costs nothing and would use up what is allowed
         reasons = await models.engine_client.collective_rpc("tinylora_reason", args=(request.lora_path,))
         reason = next((reason for reason in reasons if reason is not None), None)
         if reason == SERVER_FAULT:

@@ -59,12 +59,12 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings | Non
             name, source = _source(entry)
             if sources.setdefault(name, source) != source:
                 raise ConfigError(f"{VARIABLE}: {name!r} stands there twice, with other folders.")
-    numbers = {
-        field: _positive(environment, f"{VARIABLE}_{variable}")
-        for field, variable in (("rank", "RANK"), ("most_characters", "CHARACTERS"), ("rate", "RATE"))
-    }
     return Settings(
-        sources, INLINE in entries, **{field: number for field, number in numbers.items() if number is not None}
+        sources,
+        INLINE in entries,
+        rank=_positive(environment, f"{VARIABLE}_RANK", Settings.rank),
+        most_characters=_positive(environment, f"{VARIABLE}_CHARACTERS", Settings.most_characters),
+        rate=_positive(environment, f"{VARIABLE}_RATE", Settings.rate),
     )
 
 
@@ -86,10 +86,8 @@ def _source(entry: str) -> tuple[str, str]:
     return entry, entry
 
 
-def _positive(environment: Mapping[str, str], variable: str) -> int | None:
-    value = environment.get(variable)
-    if value is None:
-        return None
+def _positive(environment: Mapping[str, str], variable: str, default: int) -> int:
+    value = environment.get(variable, str(default))
     if not re.fullmatch(r"[1-9][0-9]{0,8}", value):
         raise ConfigError(f"{variable}={value[:40]!r}: must be a positive integer of at most 9 digits.")
     return int(value)

@@ -45,10 +45,10 @@ def load_tinylora(settings: Settings) -> None:
 def tinylora_reason(self: WorkerBase, text: str) -> str | None:
     """Why this worker cannot serve an adapter, [`SERVER_FAULT`] if that is not the adapter's fault, or `None`."""
     try:
-        manager = self.model_runner.lora_manager
-        tensors = manager.tinylora_base.lora(parse_inline(text, len(text)))
-        names = [name.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for name in list(tensors)[::2]]
-        left_out = [name for name in names if not manager._adapter_manager._match_target_modules(name)]
+        manager, adapter = self.model_runner.lora_manager, parse_inline(text, len(text))
+        manager.tinylora_base.lora(adapter)
+        is_served = manager._adapter_manager._match_target_modules
+        left_out = [name for name in manager.tinylora_base.group_of(adapter) if not is_served(name)]
         if left_out:  # vLLM would leave them out without a word
             raise AdapterFileError(
                 f"The adapter adapts {left_out[0]!r} and {len(left_out) - 1} other modules that this server's "

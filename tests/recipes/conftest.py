@@ -6,13 +6,18 @@ two-step run would learn nothing, and a test that compares accuracies would comp
 """
 
 import json
+import logging
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from recipes.fake_vllm import FakeServer, threads_left
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trl_recipes import vllm_servers
 
 
 WORDS = ["<pad>", "<eos>", "<unk>", "####", "+", "=", "so", *map(str, range(19))]
@@ -80,3 +85,29 @@ def problem_files(tmp_path_factory) -> tuple[Path, Path]:
     for file, part in zip(files, (rows[:60], rows[60:]), strict=True):
         file.write_text("".join(json.dumps(row) + "\n" for row in part))
     return files
+
+
+@pytest.fixture
+def start(monkeypatch) -> Iterator[Callable[..., FakeServer]]:
+    """Starts a [`FakeServer`], which is killed after the test; the client's pauses are short."""
+    pauses = {"FIRST_PAUSE_SECONDS": 0.1, "LONGEST_PAUSE_SECONDS": 0.4, "POLL_SECONDS": 0.02, "LATE_SECONDS": 0.3}
+    for name, seconds in pauses.items():
+        monkeypatch.setattr(vllm_servers, name, seconds)
+    servers = []
+
+    def start(*args, **kwargs) -> FakeServer:
+        servers.append(FakeServer(*args, **kwargs))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if not server.killed.is_set():
+            server.kill()
+    assert not threads_left()
+
+
+@pytest.fixture
+def log(caplog) -> Callable[[], list[tuple[str, str]]]:
+    """What the client of vLLM's servers has logged so far: (level, message)."""
+    caplog.set_level(logging.INFO, logger=vllm_servers.__name__)
+    return lambda: [(r.levelname, r.getMessage()) for r in caplog.records if r.name == vllm_servers.__name__]

@@ -19,7 +19,7 @@ from peft_tinylora.inline import name_of, parse_inline
 from trl_recipes.arguments import GRPOArguments, RecipeError, TinyLoraArguments
 from trl_recipes.rewards import exact_match_reward
 from trl_recipes.rollouts import Rollouts, make_rollouts, served_rank, tokenize, weigh_by_importance, without_launcher
-from trl_recipes.vllm_servers import Completion, Prompt
+from trl_recipes.vllm_requests import Completion, Prompt
 
 
 # TRL 1.16 sets gradient_checkpointing, which transformers 5.23 calls activation_checkpointing.

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_tinylora.inline import InlineAdapter, inline_adapter_of_folder, name_of
 from peft_tinylora.served import skeleton
-from trl_recipes.vllm_servers import Prompt, VllmServers
+from trl_recipes.vllm_requests import Prompt
+from trl_recipes.vllm_servers import VllmServers
 
 
 ADAPTER = ROOT / "model_cards/embedded_grpo"
