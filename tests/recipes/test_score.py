@@ -3,8 +3,10 @@
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from trl import ModelConfig
 
-from trl_recipes.score import score
+from trl_recipes.arguments import RecipeError, ScoreArguments
+from trl_recipes.score import refuse_options_of_a_loaded_model, score
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +124,11 @@ def test_padding_on_the_right_is_an_error(model, tiny_model_dir, sums):
     right = AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="right")
     with pytest.raises(ValueError, match="padding_side='left'"):
         score(model, right, sums)
+
+
+@pytest.mark.parametrize("options", [{"basis": "unchecked"}, {"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_servers_do_not_heed_the_options_of_a_loaded_model(options):
+    [name] = options
+    arguments = ScoreArguments(basis=options.pop("basis", None), vllm_server_base_url="http://localhost:1")
+    with pytest.raises(RecipeError, match=f"{name} with vllm_server_base_url"):
+        refuse_options_of_a_loaded_model(arguments, ModelConfig(**options))

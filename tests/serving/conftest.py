@@ -1,6 +1,5 @@
 """Real servers of the embedded model. The tests are skipped where vLLM is not installed; `make test-vllm` has it."""
 
-import os
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,7 +27,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def start(tmp_path_factory) -> Iterator[Callable[..., Server]]:
     """Starts servers, which end with the tests."""
     folder = tmp_path_factory.mktemp("servers")
-    os.environ["PEFT_TINYLORA_CACHE"] = str(folder / "basis")
     started = []
 
     def start_server(*options: str, model: Path = EMBEDDED, **environment: str) -> Server:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -137,7 +138,7 @@ def test_adapters_are_mixed_in_one_batch(server, adapter, prompts):
     assert together == alone
 
 
-def test_chat_takes_an_adapter_too(server, adapter, prompts, with_transformers):
+def test_chat_takes_an_adapter_too(server, adapter, prompts):
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     problem = tokenizer.decode(prompts[0], skip_special_tokens=True)
     status, answer = server.post(
@@ -229,6 +230,20 @@ def test_more_new_adapters_than_allowed_have_to_wait(start, adapter):
         assert strict.complete("tinylora:x")[0] == 400
     assert strict.complete(adapter.with_vectors(adapter.v * 9).text(), max_tokens=1)[0] == 200
     strict.kill()
+
+
+def test_vllm_takes_the_commands_of_the_serving_page():
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    page = (ROOT / "docs/serving.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"vllm serve BASE ([^\n]+)", page)
+    assert len(commands) == 2
+    for command in commands:
+        options = make_arg_parser(FlexibleArgumentParser()).parse_args(
+            ["--model", str(EMBEDDED), *shlex.split(command)]
+        )
+        assert options.enable_lora and options.max_lora_rank == 8
 
 
 def test_without_the_variable_nothing_is_served(start, adapter):
