@@ -15,6 +15,7 @@ SECRET = re.compile(
     r"(^|_)(?<!eos_)(?<!bos_)(?<!pad_)(?<!unk_)(?<!sep_)(?<!cls_)(?<!mask_)(token|key|pat|secret|password)$",
     re.IGNORECASE,
 )
+OF_A_URL = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # user and password before the host
 A_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 HIDDEN = "HIDDEN"
 
@@ -61,6 +62,7 @@ def published(value: Any) -> Any:
         return f"{name}={HIDDEN}"
     token = get_token()
     value = A_TOKEN.sub(HIDDEN, value.replace(token, HIDDEN) if token else value)
+    value = OF_A_URL.sub(HIDDEN, value)
     return relative(value) if Path(value).is_absolute() else value
 
 

@@ -65,3 +65,8 @@ def test_which_names_are_secrets() -> None:
     assert all(map(is_secret, names))
     names = ("eos_token", "pad_token", "max_new_tokens", "tokenizer", "trainable_token_indices", "keyboard", "pattern")
     assert not any(map(is_secret, names))
+
+
+def test_a_password_in_a_url_is_hidden_and_the_url_is_not() -> None:
+    shown = published("http://me:secret@inside:8000/v1,https://other:8001")
+    assert shown == "http://HIDDEN@inside:8000/v1,https://other:8001"
