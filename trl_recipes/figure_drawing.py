@@ -1,5 +1,6 @@
 """From the numbers of a figure to its picture, for the width of a README (some 850 pixels)."""
 
+import math
 import textwrap
 from collections.abc import Iterator
 from itertools import cycle
@@ -40,10 +41,9 @@ LABELS = {
 STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
 WIDTH, HEIGHT, DPI = 9.0, 4.6, 150  # inches, inches, dots an inch
 UNTRAINED_LABEL, REPORTED_LABEL = "untrained model", "in the paper"
-MOST_COLUMNS = 5  # of the legend
-CAPTION_CHARACTERS = 118  # of a line under a picture of that width
+CAPTION_CHARACTERS = 115  # of a line under a picture of that width
 MARGIN = 1.0  # inches of a panel that are not its axis
-CHARACTER, GAP, LINE_OF_TEXT = 0.095, 0.06, 0.22  # inches of a tick's label
+CHARACTER, GAP, LINE_OF_TEXT = 0.1, 0.12, 0.22  # inches of a tick's label
 
 
 def draw(figure: Points | SmallestUpdate | Curves, table: pd.DataFrame) -> Picture:
@@ -219,34 +219,41 @@ def add_title_and_legend(picture: Picture, title: str) -> None:
     if REPORTED_LABEL in entries:
         entries[REPORTED_LABEL] = Line2D([], [], color="#555555", linestyle="--", marker=".")
     entries = dict(sorted(entries.items(), key=lambda entry: entry[0] in (UNTRAINED_LABEL, REPORTED_LABEL)))
-    picture.legend(
-        entries.values(),
-        entries,
-        loc="outside upper left",
-        ncols=min(len(entries), MOST_COLUMNS),
-        frameon=False,
-        title=title,
-        title_fontproperties={"weight": "bold", "size": 14},
-        alignment="left",
-    )
+    for rows in range(1, len(entries) + 1):
+        legend = picture.legend(
+            entries.values(),
+            entries,
+            loc="outside upper left",
+            ncols=math.ceil(len(entries) / rows),
+            frameon=False,
+            fontsize=11,
+            columnspacing=1.4,
+            handletextpad=0.5,
+            title=title,
+            title_fontproperties={"weight": "bold", "size": 14},
+            alignment="left",
+        )
+        if legend.get_window_extent().width <= picture.bbox.width or rows == len(entries):
+            return
+        legend.remove()
 
 
 def caption_of(figure: Points | SmallestUpdate | Curves, table: pd.DataFrame) -> str:
     """The figure's own caption, then problems, seeds, what the bars are, and what is hollow."""
-    parts = [figure.caption.strip().rstrip(".")] if figure.caption.strip() else []
+    parts = [figure.caption] if figure.caption else []
     markers = table[table["x"].notna()]
     if not isinstance(figure, Curves) and markers["problems"].notna().any():
         problems = sorted(markers["problems"].dropna().unique())
         parts.append(f"{' or '.join(f'{n:,.0f}' for n in problems)} held-out problems")
     fewest, most = markers["seeds"].min(), markers["seeds"].max()
-    seeds = f"{fewest} to {most} seeds" if fewest < most else f"{most} seeds" if most > 1 else "1 seed"
+    parts.append("1 seed" if most == 1 else f"mean of {most if fewest == most else f'{fewest} to {most}'} seeds")
     if isinstance(figure, SmallestUpdate):
-        parts.append(f"Means of {seeds}; bars: the same with every mean a standard deviation higher or lower")
+        parts.append("bars: with every mean a standard deviation over seeds higher or lower")
+        parts += ["arrow: not reached with lower ones"] if table["high"].isna().any() else []
     else:
-        bars = "band" if isinstance(figure, Curves) else "bars"
-        parts.append(f"Mean of {seeds}; {bars}: standard deviation over seeds")
+        parts.append(f"{'band' if isinstance(figure, Curves) else 'bars'}: standard deviation over seeds")
     if isinstance(figure, Curves) and figure.moving_mean > 1:
-        parts.append(f"Moving mean of {figure.moving_mean} logged steps")
+        parts.append(f"moving mean of {figure.moving_mean} logged steps")
     if markers["hollow"].any():
-        parts.append(f"{'Dashed' if isinstance(figure, Curves) else 'Hollow'}: fewer than {FEWEST_SEEDS} seeds")
-    return "\n".join(textwrap.wrap(". ".join(parts) + ".", CAPTION_CHARACTERS))
+        parts.append(f"{'dashed' if isinstance(figure, Curves) else 'hollow'}: fewer than {FEWEST_SEEDS} seeds")
+    return "\n".join(textwrap.wrap("; ".join(parts) + ".", CAPTION_CHARACTERS))

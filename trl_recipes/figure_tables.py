@@ -5,6 +5,7 @@ A table is what the picture is drawn from and the CSV beside it, whole. Standard
 """
 
 import math
+from statistics import mean, stdev
 
 import pandas as pd
 
@@ -15,6 +16,7 @@ from trl_recipes.figure_spec import Curves, Panel, Points, Series, SmallestUpdat
 
 FEWEST_SEEDS = 3
 UNTRAINED = "untrained"
+ROUNDING = 1e-9  # of shares: one that is exactly the target reaches it
 
 
 def table_of(figure: Points | SmallestUpdate | Curves, results: Results) -> pd.DataFrame:
@@ -75,7 +77,7 @@ def curves_table(figure: Curves, results: Results) -> pd.DataFrame:
             if by_step.empty:
                 raise RecipeError(f"series {name!r}: nothing is logged as {panel.y!r} yet.")
             place = {"panel": number, "quantity": panel.y, "series": name}
-            rows += [place | {"x": step} | statistics(values) | facts(runs) for step, values in by_step.iterrows()]
+            rows += [place | {"x": step} | over_seeds(values) | facts(runs) for step, values in by_step.iterrows()]
     return pd.DataFrame(rows)
 
 
@@ -93,9 +95,10 @@ def smallest_update_table(figure: SmallestUpdate, results: Results) -> pd.DataFr
         peak = points["mean"].max()
         for share in figure.shares:
             target = share * peak
-            found = points[points["mean"] >= target].iloc[0]  # the points are sorted by size
+            found = points[points["mean"] >= target - ROUNDING].iloc[0]  # the points are sorted by size
             low, high = (
-                points["trained_parameters"][points["mean"] + sign * deviations >= target].min() for sign in (1, -1)
+                points["trained_parameters"][points["mean"] + sign * deviations >= target - ROUNDING].min()
+                for sign in (1, -1)
             )
             place = {"quantity": figure.y, "series": f"{100 * share:g}% of peak", "model": name}
             size = {"x": model.model_parameters, "low": low, "high": high, "target": target, "peak": peak}
@@ -139,26 +142,25 @@ def markers(runs: pd.DataFrame, y: str, x: str, name: str) -> list[dict]:
             raise RecipeError(
                 f"series {name!r}: {x} of {sweep}/{point} is {place!r}: a logarithmic axis needs a number above 0."
             )
-        rows.append({"x": place} | statistics(ones[y]) | facts(ones))
+        rows.append({"x": place} | over_seeds(ones[y]) | facts(ones))
     return sorted(rows, key=lambda row: row["x"])
 
 
 def untrained(runs: pd.DataFrame, y: str) -> list[dict]:
     """Returns the accuracy before training, each seed's mean over its runs and then over seeds; nothing without it."""
     before = y.removesuffix("_after") + "_before"
-    if before not in runs or runs[before].isna().all():
-        return []
-    return [statistics(runs.groupby("seed")[before].mean())]
+    known = runs[runs[before].notna()] if before in runs else runs.iloc[:0]
+    return [] if known.empty else [over_seeds(known.groupby("seed")[before].agg(mean))]
 
 
-def statistics(values: pd.Series) -> dict:
+def over_seeds(values: pd.Series) -> dict:
     """Mean and standard deviation over seeds, and how many seeds there are."""
-    values = values.dropna()
+    known = values.dropna().tolist()
     return {
-        "mean": values.mean(),
-        "standard_deviation": values.std(),
-        "seeds": len(values),
-        "hollow": len(values) < FEWEST_SEEDS,
+        "mean": mean(known),
+        "standard_deviation": stdev(known) if len(known) > 1 else math.nan,
+        "seeds": len(known),
+        "hollow": len(known) < FEWEST_SEEDS,
     }
 
 

@@ -71,7 +71,7 @@ def save(picture: Picture, table: pd.DataFrame, folder: Path, name: str) -> None
         with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as temporary:
             png, numbers = Path(temporary, f"{name}.png"), Path(temporary, f"{name}.csv")
             picture.savefig(png)
-            table.to_csv(numbers, index=False)
+            table.convert_dtypes().to_csv(numbers, index=False)  # counts as whole numbers
             os.replace(numbers, folder / numbers.name)
             os.replace(png, folder / png.name)
     except OSError as error:
