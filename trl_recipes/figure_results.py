@@ -65,7 +65,7 @@ class Results:
                 What it is for, for errors.
 
         Raises:
-            RecipeError: if a sweep lacks a column, no run has the values, or a configuration is there twice.
+            RecipeError: if a sweep lacks a column, no run has the values, or a sweep has a configuration twice.
         """
         chosen = []
         for sweep in sweeps:
@@ -79,8 +79,7 @@ class Results:
             raise RecipeError(
                 f"{what}: no measured run of {', '.join(sweeps)} has {where}: not run yet, or a wrong value."
             )
-        refuse_repeats(runs, what)
-        return runs
+        return without_repeats(runs, what)
 
     def column(self, runs: pd.DataFrame, column: str, sweep: str) -> pd.Series:
         """Returns a column, or raises [`RecipeError`] where it is not in the sweep's results."""
@@ -161,16 +160,25 @@ def measured(runs: pd.DataFrame, path: Path) -> pd.DataFrame:
     return runs
 
 
-def refuse_repeats(runs: pd.DataFrame, what: str) -> None:
-    """Raises [`RecipeError`] where two points are the same configuration, which would be one point drawn twice."""
+def without_repeats(runs: pd.DataFrame, what: str) -> pd.DataFrame:
+    """Returns the runs with each configuration from the first sweep that has it: twice would be one point drawn twice.
+
+    Raises:
+        RecipeError: if two points of one sweep are the same configuration.
+    """
     options = [column for column in runs if column.startswith("option:")]
     points = runs.drop_duplicates(["sweep", "point"])
-    keys = points[options].map(comparable).apply(tuple, axis="columns") if options else pd.Series(dtype=object)
-    repeated = points[keys.duplicated(keep=False)] if options else points.iloc[:0]
-    if not repeated.empty:
-        first = keys[repeated.index[0]]
-        names = [f"{row['sweep']}/{row['point']}" for i, row in repeated.iterrows() if keys[i] == first]
-        raise RecipeError(f"{what}: {' and '.join(names)} have the same options: leave one out by `where`.")
+    first, repeated = {}, []
+    for _, row in points.iterrows():
+        key = tuple(comparable(row[column]) for column in options) if options else (row["sweep"], row["point"])
+        sweep, point = first.setdefault(key, (row["sweep"], row["point"]))
+        if sweep == row["sweep"] and point != row["point"]:
+            raise RecipeError(
+                f"{what}: {sweep}/{point} and {sweep}/{row['point']} have the same options: leave one out by `where`."
+            )
+        if sweep != row["sweep"]:
+            repeated.append((row["sweep"], row["point"]))
+    return runs[[key not in repeated for key in zip(runs["sweep"], runs["point"], strict=True)]]
 
 
 def to_numbers(cells: pd.Series, path: Path) -> pd.Series:

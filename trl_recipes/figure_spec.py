@@ -27,7 +27,7 @@ class Series(Strict):
 
     Args:
         sweeps (`list[str]`):
-            Names of sweeps; their points are taken together.
+            Names of sweeps; their points are taken together, and a configuration that several have from the first.
         where (`dict[str, Value or list[Value]]`, *optional*):
             Column of results.csv -> the value, or one of the values, that a point must have there. Numbers are compared
             as numbers; null is an empty cell.

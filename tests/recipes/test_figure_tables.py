@@ -79,6 +79,14 @@ def test_a_series_takes_points_of_several_sweeps_by_their_options(sweeps):
     }
 
 
+def test_a_configuration_of_several_sweeps_is_one_point_that_of_the_first(sweeps):
+    write_sweep(sweeps, "again", [run(point, int(point), seed, 0.75) for point in ("13", "7") for seed in range(3)])
+    table = table_of(points({"both": {"sweeps": ["again", "tiny"]}}, untrained="none"), Results(sweeps))
+    assert table["x"].tolist() == [1, 7, 13, 25, 49]
+    assert table["sweep"].tolist() == ["tiny", "again", "again", "tiny", "tiny"]
+    assert table["mean"].tolist()[1:3] == [0.75, 0.75]
+
+
 def test_each_value_of_a_column_makes_a_line_in_the_order_of_numbers(tmp_path):
     rows = [
         run(f"{r},{u}", 13 * u, seed, 0.5 + u / 100, **{"option:tinylora_r": r, "option:tinylora_u": u})
