@@ -42,6 +42,7 @@ STYLE = {"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}
 WIDTH, HEIGHT, DPI = 9.0, 4.6, 150  # inches, inches, dots an inch
 UNTRAINED_LABEL, REPORTED_LABEL = "untrained model", "in the paper"
 CAPTION_CHARACTERS = 115  # of a line under a picture of that width
+MOST_COLUMNS, MORE_HEIGHT = 2, 3.4  # panels in a row, inches for each further row
 MARGIN = 1.0  # inches of a panel that are not its axis
 CHARACTER, GAP, LINE_OF_TEXT = 0.1, 0.12, 0.22  # inches of a tick's label
 
@@ -61,11 +62,12 @@ def draw(figure: Points | SmallestUpdate | Curves, table: pd.DataFrame) -> Pictu
     """
     with rc_context(STYLE):
         panels = [None] if isinstance(figure, SmallestUpdate) else figure.filled_panels()
-        picture = Picture(figsize=(WIDTH, HEIGHT), dpi=DPI, layout="constrained")
+        rows, columns = math.ceil(len(panels) / MOST_COLUMNS), min(len(panels), MOST_COLUMNS)
+        picture = Picture(figsize=(WIDTH, HEIGHT + (rows - 1) * MORE_HEIGHT), dpi=DPI, layout="constrained")
         same_y = isinstance(figure, Points)
-        grid = picture.subplots(1, len(panels), squeeze=False, sharex=same_y, sharey=same_y)[0]
+        grid = picture.subplots(rows, columns, squeeze=False, sharex=same_y, sharey=same_y).flat
         styles = styles_of(figure, table["series"])
-        for number, (panel, axes) in enumerate(zip(panels, grid, strict=True)):
+        for number, (panel, axes) in enumerate(zip(panels, grid, strict=False)):
             if isinstance(figure, Points):
                 draw_points(axes, figure, panel, table[table["panel"] == number], styles)
                 if len({one.y for one in panels}) == 1:
@@ -77,6 +79,8 @@ def draw(figure: Points | SmallestUpdate | Curves, table: pd.DataFrame) -> Pictu
             else:
                 draw_smallest_update(axes, table, styles)
             axes.grid(alpha=0.25)
+        for axes in list(grid)[len(panels) :]:
+            axes.set_axis_off()
         add_title_and_legend(picture, figure.title)
         picture.supxlabel(caption_of(figure, table), x=0.01, ha="left", fontsize=10, color="#444444")
     return picture

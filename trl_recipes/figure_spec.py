@@ -42,7 +42,7 @@ class Series(Strict):
 
 class Panel(Strict):
     """
-    One of the plots of a figure, side by side. What it leaves out is the figure's.
+    One of the plots of a figure, two in a row. What it leaves out is the figure's.
 
     Args:
         title (`str`, *optional*, defaults to `""`):
