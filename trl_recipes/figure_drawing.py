@@ -65,7 +65,7 @@ def draw(figure: Points | SmallestUpdate | Curves, table: pd.DataFrame) -> Pictu
         rows, columns = math.ceil(len(panels) / MOST_COLUMNS), min(len(panels), MOST_COLUMNS)
         picture = Picture(figsize=(WIDTH, HEIGHT + (rows - 1) * MORE_HEIGHT), dpi=DPI, layout="constrained")
         same_y = isinstance(figure, Points)
-        grid = picture.subplots(rows, columns, squeeze=False, sharex=same_y, sharey=same_y).flat
+        grid = list(picture.subplots(rows, columns, squeeze=False, sharex=same_y, sharey=same_y).flat)
         styles = styles_of(figure, table["series"])
         for number, (panel, axes) in enumerate(zip(panels, grid, strict=False)):
             if isinstance(figure, Points):
@@ -79,7 +79,7 @@ def draw(figure: Points | SmallestUpdate | Curves, table: pd.DataFrame) -> Pictu
             else:
                 draw_smallest_update(axes, table, styles)
             axes.grid(alpha=0.25)
-        for axes in list(grid)[len(panels) :]:
+        for axes in grid[len(panels) :]:
             axes.set_axis_off()
         add_title_and_legend(picture, figure.title)
         picture.supxlabel(caption_of(figure, table), x=0.01, ha="left", fontsize=10, color="#444444")

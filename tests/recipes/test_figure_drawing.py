@@ -133,6 +133,13 @@ def test_a_series_looks_the_same_in_every_panel_and_unlike_any_other(sweeps):
         assert (shown_line(right, name).get_color(), shown_line(right, name).get_marker()) == look
 
 
+def test_a_third_panel_goes_below_and_leaves_the_fourth_place_empty(sweeps):
+    figure = points(TINY, panels=[{"y": "greedy_after"}, {"y": "sampled_after"}, {"y": "greedy_after"}])
+    picture = draw(figure, table_of(figure, Results(sweeps)))
+    assert picture.axes[0].get_gridspec().get_geometry() == (2, 2)
+    assert [axes.axison for axes in picture.axes] == [True, True, True, False]
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(1, "1"), (13, "13"), (999, "999"), (1000, "1k"), (1600, "1.6k"), (12544, "13k"), (999_999, "1M")]
