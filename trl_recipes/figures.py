@@ -56,7 +56,7 @@ def main() -> None:
     if failed:
         raise RecipeError(f"not drawn: {', '.join(failed)}, for the reasons above.")
     if not drawn:
-        raise RecipeError(f"no sweep of {arguments.figures} is in {arguments.sweeps}: run sweeps, or set --sweeps.")
+        raise RecipeError(f"nothing to draw in {arguments.sweeps}: run the sweeps named above, or set --sweeps.")
 
 
 def save(picture: Picture, table: pd.DataFrame, folder: Path, name: str) -> None:

@@ -45,7 +45,7 @@ def test_a_figure_whose_sweeps_are_not_there_waits_and_the_others_are_drawn(swee
     assert out[0] == "figure_1: not drawn, no measured run yet of absent, choosing, empty"
     assert len(out) == 2
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["figure_2.csv", "figure_2.png"]
-    with pytest.raises(RecipeError, match="no sweep of"):
+    with pytest.raises(RecipeError, match="nothing to draw in"):
         call_main(monkeypatch, tmp_path, {"figure_1": content["figure_1"]}, sweeps)
 
 
