@@ -1,5 +1,6 @@
 """The sweeps of the paper: what each point trains, counted on the model's shape, against the numbers that the paper has."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import trl_recipes
 from benchmarks.shapes import shape_of
 from peft_tinylora.targets import target_names
 from peft_tinylora.tying import group_modules
-from trl_recipes import grpo, lora_xs, rollouts, sft
+from trl_recipes import grpo, rollouts, sft
 from trl_recipes.arguments import RecipeError, parse, refuse_quantization_options
 from trl_recipes.methods import peft_config_of, refuse_unread_options
 from trl_recipes.problems import build_prompt
@@ -89,16 +90,15 @@ def parse_run(sweep: Sweep, options: dict, folder: Path) -> tuple:
 def trained(arguments: tuple, model: torch.nn.Module) -> int:
     """Counts what a run trains, on a model without weights."""
     recipe_args, _, model_args, _, tinylora_args = arguments
-    config = peft_config_of(recipe_args.method, tinylora_args, model_args)
     if recipe_args.method == "full":
         return sum(p.numel() for p in model.parameters())
+    config = peft_config_of(recipe_args.method, tinylora_args, model_args)
+    names = target_names(model, config)
     if recipe_args.method == "tinylora":
-        return len(set(group_modules(target_names(model, config), config.tie, config.n_tie).values())) * config.u
-    adapted = get_peft_model(model, config, low_cpu_mem_usage=True)
-    layers = len(lora_xs.lora_layers(adapted))
-    count = layers * config.r**2 if recipe_args.method == "lora-xs" else count_trained(adapted)
-    adapted.unload()
-    return count
+        return len(set(group_modules(names, config.tie, config.n_tie).values())) * config.u
+    if recipe_args.method == "lora-xs":
+        return len(names) * config.r**2
+    return config.r * sum(sum(model.get_submodule(name).weight.shape) for name in names)
 
 
 @pytest.mark.parametrize("name", SWEEPS)
@@ -119,6 +119,14 @@ def test_every_point_is_accepted_and_trains_what_the_paper_counts(name, meta_mod
             rollouts.make_rollouts(recipe_args, training_args, model_args, tinylora_args)
         found.append(trained(arguments, meta_model(model_args.model_name_or_path)))
     assert found == counts
+
+
+def test_pefts_own_lora_has_as_many_parameters_as_are_counted_here(meta_model, tmp_path):
+    sweep = SWEEPS["figure_3_qwen2.5-0.5b_lora"]
+    arguments = parse_run(sweep, sweep.first_runs()[-1].options, tmp_path)
+    model = copy.deepcopy(meta_model(arguments[2].model_name_or_path))
+    adapted = get_peft_model(model, peft_config_of("lora", arguments[-1], arguments[2]), low_cpu_mem_usage=True)
+    assert count_trained(adapted) == trained(arguments, meta_model(arguments[2].model_name_or_path)) == 2_199_552
 
 
 @pytest.mark.parametrize("name", SWEEPS)
