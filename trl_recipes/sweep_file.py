@@ -10,7 +10,7 @@ extend another. Leaves: [`Run`]s, each a recipe config of its own, in a folder w
     config: trl_recipes/configs/....yaml what every run starts from, from the repository's root
     options: {max_steps: 40}             over it, in every run
     points: {"13": {tinylora_n_tie: 4}}  a setting each; or the product of lists, grid: {tinylora_u: [1, 4], ...}
-    learning_rates: [0.01, 0.03]         the best one is chosen for each point, as the paper does
+    learning_rates: [0.01, 0.03]         the best one is chosen for each point, as the paper does; a point may have its own
     seeds: [0, 1, 2]
     seeded: [seed]                       the options that a seed sets: tinylora_projection_seed too, say
     choose: {seeds: [100], options: {}}  choose the rate in these runs instead, and let only that one run with `seeds`
@@ -82,7 +82,7 @@ class Run:
 class Sweep:
     """A sweep file as it was read; the module's docstring says what its keys mean.
 
-    `name` is that of the file, and `points` are those of `grid` too.
+    `name` is that of the file, `points` are those of `grid` too, and `rates` are the learning rates of each point.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Sweep:
     recipe: str
     config: Mapping[str, object]
     points: Mapping[str, Mapping[str, object]]
-    learning_rates: list[float | None]
+    rates: Mapping[str, list[float | None]]
     seeds: list[int]
     seeded: list[str]
     choose: Choose | None
@@ -100,9 +100,13 @@ class Sweep:
 
     def first_runs(self) -> list[Run]:
         """Returns the runs that need no other: those that choose the rate, where there are such, or else all of them."""
-        if self.choose is None:
-            return [self._run(*of, MEASURE) for of in product(self.points, self.learning_rates, self.seeds)]
-        return [self._run(*of, CHOOSE) for of in product(self.points, self.learning_rates, self.choose.seeds)]
+        stage, seeds = (MEASURE, self.seeds) if self.choose is None else (CHOOSE, self.choose.seeds)
+        return [
+            self._run(point, rate, seed, stage)
+            for point in self.points
+            for rate in self.rates[point]
+            for seed in seeds
+        ]
 
     def last_runs(self, rates: Mapping[str, float | None]) -> list[Run]:
         """Returns the runs with the chosen rates (point -> rate): none where the first runs are the measured ones."""
@@ -133,7 +137,7 @@ def load_sweep(path: Path, root: Path) -> Sweep:
         RecipeError: if a file is missing or no YAML mapping, a key is unknown or missing, or a value cannot be meant.
     """
     values = merged(Path(path))
-    known = {*(f.name for f in fields(Sweep)), "options", "grid"} - {"name"}
+    known = {*(f.name for f in fields(Sweep)), "options", "grid", "learning_rates"} - {"name", "rates"}
     unknown = sorted(values.keys() - known)
     if unknown:
         raise RecipeError(f"{path}: unknown key {unknown[0]!r}: allowed are {', '.join(sorted(known))}.")
@@ -143,12 +147,10 @@ def load_sweep(path: Path, root: Path) -> Sweep:
     if values["recipe"] not in RECIPES:
         raise RecipeError(f"{path}: recipe: {values['recipe']!r}: allowed are {', '.join(RECIPES)}.")
     points = points_of(path, values)
-    rates = as_list(path, "learning_rates", values.get("learning_rates") or [None])
-    for rate in rates:
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0):
-            raise RecipeError(
-                f"{path}: learning_rates: {rate!r} is no positive number (YAML reads 1e-4 as text: 1.0e-4)."
-            )
+    rates = {}
+    for name, options in points.items():
+        rates[name] = options.pop("learning_rates", None) or values.get("learning_rates") or [None]
+        check_rates(path, as_list(path, "learning_rates", rates[name]))
     choose = values.get("choose")
     if choose is not None:
         if not isinstance(choose, dict) or not choose.get("seeds") or choose.keys() - {"seeds", "options"}:
@@ -165,7 +167,7 @@ def load_sweep(path: Path, root: Path) -> Sweep:
         recipe=values["recipe"],
         config=read_mapping(root / values["config"]) | (values.get("options") or {}),
         points=points,
-        learning_rates=rates,
+        rates=rates,
         seeds=as_list(path, "seeds", values["seeds"]),
         seeded=as_list(path, "seeded", values.get("seeded", ["seed"])),
         choose=choose,
@@ -210,6 +212,15 @@ def points_of(path: Path, values: Mapping[str, object]) -> dict[str, dict[str, o
         if not isinstance(name, str) or not name.strip(".") or set(name) & set('/\\:*?"<>|\n'):
             raise RecipeError(f"{path}: points: {name!r} becomes a folder's name: take a string that can be one.")
     return points
+
+
+def check_rates(path: Path, rates: list) -> None:
+    """Raises [`RecipeError`] for what is no learning rate."""
+    for rate in rates:
+        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0):
+            raise RecipeError(
+                f"{path}: learning_rates: {rate!r} is no positive number (YAML reads 1e-4 as text: write 1.0e-4)."
+            )
 
 
 def as_list(path: Path, key: str, value: object) -> list:
