@@ -23,7 +23,8 @@ from trl_recipes.trainer_setup import count_trained, refuse_rounding_options
 
 ROOT = Path(trl_recipes.__file__).parents[1]
 FOLDER = ROOT / "trl_recipes" / "sweeps" / "paper"
-FILES = sorted(FOLDER.glob("[!_]*.yaml"))
+FIGURES = FOLDER / "figures.yaml"
+FILES = sorted(path for path in FOLDER.glob("[!_]*.yaml") if path != FIGURES)
 SWEEPS = {path.stem: load_sweep(path, ROOT) for path in FILES}
 RECIPES = {"grpo": grpo.ARGUMENT_CLASSES, "sft": sft.ARGUMENT_CLASSES}
 RATES = [1e-7, 5e-7, 1e-6, 5e-6, 1e-5, 1e-4, 2e-4]  # the paper, section 5.1
@@ -193,3 +194,19 @@ def test_the_readme_has_every_sweep_with_its_points_and_runs():
         if len(cells) == 5 and cells[1].startswith("`"):
             rows[cells[1].strip("`")] = (int(cells[2]), int(cells[3]))
     assert rows == {name: (len(sweep.points), len(sweep.first_runs())) for name, sweep in SWEEPS.items()}
+
+
+def sweeps_named(value: object) -> set[str]:
+    """Every sweep that a file of figures names, at any depth."""
+    if isinstance(value, list):
+        return set().union(*map(sweeps_named, value))
+    if not isinstance(value, dict):
+        return set()
+    return {*value.get("sweeps", []), *sweeps_named(list(value.values()))}
+
+
+def test_the_figures_show_every_sweep_of_a_figure():
+    figures = yaml.safe_load(FIGURES.read_text())
+    assert list(figures) == [f"figure_{number}" for number in range(1, 10)]
+    of_no_figure = {"table_2_qwen2.5-math-7b", "table_2_full", "text_qwen3-8b"}
+    assert sweeps_named(figures) == SWEEPS.keys() - of_no_figure
