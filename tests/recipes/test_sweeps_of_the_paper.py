@@ -133,7 +133,8 @@ def test_pefts_own_lora_has_as_many_parameters_as_are_counted_here(meta_model, t
 @pytest.mark.parametrize("name", SWEEPS)
 def test_a_sweep_is_the_papers_protocol(name, tmp_path):
     sweep = SWEEPS[name]
-    assert (sweep.learning_rates, len(sweep.seeds), sweep.choose) == (RATES, 3, None)
+    runs = [(run.point, run.learning_rate, run.stage) for run in sweep.first_runs()]
+    assert runs == [(point, rate, "measure") for point in sweep.points for rate in RATES for _ in range(3)]
     assert sweep.left_open
     assert any("rates" in line or "Learning rate" in line for line in sweep.left_open)
     assert all(0 < share < 1 for share in sweep.reported.values())
