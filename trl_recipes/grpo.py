@@ -137,7 +137,7 @@ def main() -> None:
     # --- model
     model = load_model(model_args, training_args.trust_remote_code, training_args.model_init_kwargs)
     training_args.model_init_kwargs = None  # used up: TRL warns when it is given a model and these
-    peft_config = peft_config_of(recipe_args.method, tinylora_args, model_args)
+    peft_config = peft_config_of(recipe_args.method, tinylora_args, model_args, model)
 
     # --- trainer
     rollouts = make_rollouts(recipe_args, training_args, model_args, tinylora_args)
