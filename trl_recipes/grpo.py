@@ -65,12 +65,14 @@ from trl_recipes.problems import (  # noqa: E402
     to_prompts,
 )
 from trl_recipes.publishing import evaluation_of, push_result, take_hub_options, write_recipe_file  # noqa: E402
+from trl_recipes.resuming import resumable  # noqa: E402
 from trl_recipes.rewards import check_rewards, load_rewards  # noqa: E402
 from trl_recipes.rollouts import make_rollouts, weigh_by_importance  # noqa: E402
 from trl_recipes.score import score_both_ways, score_options  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
     hide_known_noise,
+    is_finished,
     keep_vector_in_fp32,
     load_model,
     load_tokenizer,
@@ -96,7 +98,7 @@ def main() -> None:
     refuse_rounding_options(training_args)
     output_dir = Path(training_args.output_dir)
     say = PartialState().print  # on the main process only
-    if (output_dir / "adapter_model.safetensors").exists():
+    if is_finished(output_dir, training_args.resume_from_checkpoint):
         if not recipe_args.overwrite_output_dir:
             raise RecipeError(
                 f"{output_dir} already holds a finished adapter: choose another output_dir, "
@@ -133,7 +135,7 @@ def main() -> None:
     # --- trainer
     rollouts = make_rollouts(recipe_args, training_args, model_args, tinylora_args)
     curve = CurveCallback(output_dir / "reward_curve.csv", REWARD_COLUMNS)
-    trainer = GRPOTrainer(
+    trainer = resumable(GRPOTrainer)(
         model=model,
         reward_funcs=list(rewards.values()),
         args=training_args,
@@ -151,6 +153,8 @@ def main() -> None:
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(REWARD_PROGRESS))
 
+    checkpoint = trainer.checkpoint_to_resume()
+
     # --- train
     trained_parameters = count_trained(trainer.model)
     say(f"{model_args.model_name_or_path}: training {trained_parameters} numbers in fp32, {problems} held out")
@@ -163,7 +167,7 @@ def main() -> None:
     else:
         say(f"before: greedy {before['greedy']:.1%}, sampled {before['sampled']:.1%}")
     started = time.time()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     grpo_seconds = time.time() - started
 
     # --- save

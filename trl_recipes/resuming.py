@@ -222,15 +222,17 @@ class DataOrder:
             torch.set_rng_state(state["torch"].cpu())  # Trainer sets the one of the step after this
             if "sampler" in state:
                 self._sampler.generator.set_state(state["sampler"].cpu())
-            if hasattr(
-                self._sampler, "set_epoch"
-            ):  # of several processes' accelerate reaches it only where none is skipped
+            if self._is_seeded_by_epoch():  # accelerate misses it where batches are skipped on several processes
                 self._sampler.set_epoch(epoch)
         self._at_begin = self._now()
 
+    def _is_seeded_by_epoch(self) -> bool:
+        return hasattr(self._sampler, "set_epoch")
+
     def _now(self) -> dict[str, torch.Tensor]:
         generator = getattr(self._sampler, "generator", None)
-        return {"torch": torch.get_rng_state()} | ({} if generator is None else {"sampler": generator.get_state()})
+        has_own = generator is not None and not self._is_seeded_by_epoch()
+        return {"torch": torch.get_rng_state()} | ({"sampler": generator.get_state()} if has_own else {})
 
 
 def innermost_sampler(loader: DataLoader) -> Sampler | None:

@@ -63,10 +63,12 @@ from trl_recipes.problems import (  # noqa: E402
     to_examples,
 )
 from trl_recipes.publishing import evaluation_of, push_result, take_hub_options, write_recipe_file  # noqa: E402
+from trl_recipes.resuming import resumable  # noqa: E402
 from trl_recipes.score import score_both_ways, score_options  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
     hide_known_noise,
+    is_finished,
     keep_vector_in_fp32,
     load_model,
     load_tokenizer,
@@ -90,7 +92,7 @@ def main() -> None:
     refuse_quantization_options(model_args)
     output_dir = Path(training_args.output_dir)
     say = PartialState().print  # on the main process only
-    if (output_dir / "adapter_model.safetensors").exists():
+    if is_finished(output_dir, training_args.resume_from_checkpoint):
         if not recipe_args.overwrite_output_dir:
             raise RecipeError(
                 f"{output_dir} already holds a finished adapter: choose another output_dir, "
@@ -123,7 +125,7 @@ def main() -> None:
 
     # --- trainer
     curve = CurveCallback(output_dir / "loss_curve.csv", LOSS_COLUMNS)
-    trainer = SFTTrainer(
+    trainer = resumable(SFTTrainer)(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -136,6 +138,8 @@ def main() -> None:
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(LOSS_PROGRESS))
 
+    checkpoint = trainer.checkpoint_to_resume()
+
     # --- train
     trained_parameters = count_trained(trainer.model)
     say(f"{model_args.model_name_or_path}: training {trained_parameters} numbers in fp32, {problems} held out")
@@ -146,7 +150,7 @@ def main() -> None:
     else:
         say(f"before: greedy {before['greedy']:.1%}, sampled {before['sampled']:.1%}")
     started = time.time()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     sft_seconds = time.time() - started
 
     # --- save

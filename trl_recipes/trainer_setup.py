@@ -187,6 +187,17 @@ def round_vector(model: PeftModel, save_dtype: str) -> None:
         config.save_dtype = save_dtype
 
 
+def is_finished(output_dir: Path, resume_from_checkpoint: str | bool | None) -> bool:
+    """
+    Whether a folder holds an adapter that a run must not replace unasked.
+
+    Not one whose run was killed between saving it and writing its card, where this run goes on from a checkpoint of that.
+    """
+    has_adapter = (output_dir / "adapter_model.safetensors").exists()
+    goes_on = str(resume_from_checkpoint).lower() not in ("none", "false")
+    return has_adapter and not (goes_on and not (output_dir / FACTS_FILE).exists())
+
+
 def save_adapter(
     trainer: Trainer, output_dir: Path, tokenizer_of_base: PreTrainedTokenizerBase, keep: str | None = None
 ) -> None:
@@ -218,6 +229,9 @@ def save_adapter(
             (output_dir / name).unlink(missing_ok=True)
             if changed and (temporary / name).exists():
                 os.replace(temporary / name, output_dir / name)
+        (output_dir / ADAPTER_FILES[-1]).unlink(
+            missing_ok=True
+        )  # a kill must not leave these weights with the new config
         for name in ADAPTER_FILES:
             os.replace(temporary / name, output_dir / name)
         shutil.rmtree(temporary)
