@@ -163,7 +163,7 @@ def choose(wanted: str | bool | None, folder: Path) -> tuple[Path | None, list[s
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None:
-    """Says in which of the names that both have two mappings differ, or `None`: "u=1 there and u=2 here"."""
+    """Says in which of the names that both have two mappings differ, or `None`: "u=1 there and 2 here"."""
     names = sorted(name for name in there.keys() & here.keys() if there[name] != here[name])
     if not names:
         return None

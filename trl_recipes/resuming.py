@@ -158,8 +158,8 @@ class ResumableMixin:
         return held
 
     def _restore_between_steps(self) -> None:
-        file = self._resumes_from / self._between_steps_file()
-        held = torch.load(file, map_location=self.args.device, weights_only=True)
+        device = self.args.device if self.args.device.type != "cpu" else "cpu"  # torch does not know cpu:0 here
+        held = torch.load(self._resumes_from / self._between_steps_file(), map_location=device, weights_only=True)
         for name in SUMS:
             if name in held:
                 setattr(self, name, held[name])
