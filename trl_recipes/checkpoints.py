@@ -16,7 +16,7 @@ from typing import Any
 from trl_recipes.arguments import RecipeError
 
 
-MARKER = "checkpoint.json"  # {"files": {name: bytes}, "settings": {...}}
+MARKER = "checkpoint.json"  # {"files": {name: bytes}, "settings": {...}, "adapter": {...}}
 UNFINISHED = ".unfinished"  # of a run's folder: where checkpoints are written, and where they are deleted
 NAME = re.compile(r"checkpoint-(\d+)")
 MOST_NAMED = 3  # differences in a message
@@ -33,7 +33,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def publish(unfinished: Path, place: Path, settings: Mapping[str, Any]) -> None:
+def publish(unfinished: Path, place: Path, run: Mapping[str, Mapping[str, Any]]) -> None:
     """
     Moves a checkpoint that was written to its place, where it appears whole; one that is there makes way.
 
@@ -42,8 +42,8 @@ def publish(unfinished: Path, place: Path, settings: Mapping[str, Any]) -> None:
             The folder that was written, on the file system of `place`.
         place (`Path`):
             Its `checkpoint-N`.
-        settings (`dict[str, Any]`):
-            What the run was set to; JSON values.
+        run (`dict[str, dict]`):
+            "settings" and "adapter" of the run, JSON values.
     """
     files = {
         path.relative_to(unfinished).as_posix(): path.stat().st_size
@@ -53,7 +53,7 @@ def publish(unfinished: Path, place: Path, settings: Mapping[str, Any]) -> None:
     for name in files:
         _sync(unfinished / name)
     marker = unfinished / MARKER
-    marker.write_text(json.dumps({"files": files, "settings": settings}, indent=2) + "\n", encoding="utf-8")
+    marker.write_text(json.dumps({"files": files, **run}, indent=2) + "\n", encoding="utf-8")
     _sync(marker)
     for folder in (*(path for path in unfinished.rglob("*") if path.is_dir()), unfinished):
         _sync(folder)
@@ -124,8 +124,10 @@ def complaint(checkpoint: Path) -> str | None:
 def read_marker(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Reads `MARKER`. Raises `ValueError` if it is not what `publish` writes."""
     marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
-    if not isinstance(marker, dict) or not all(isinstance(marker.get(key), dict) for key in ("files", "settings")):
-        raise ValueError("not a description of files and settings")
+    if not isinstance(marker, dict) or not all(
+        isinstance(marker.get(key), dict) for key in ("files", "settings", "adapter")
+    ):
+        raise ValueError("not a description of a checkpoint")
     return marker
 
 

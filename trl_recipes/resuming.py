@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_tinylora import TinyLoraError
-from peft_tinylora.adapter_files import ADAPTER_FILES
 from trl_recipes.arguments import RecipeError
 from trl_recipes.checkpoints import UNFINISHED, choose, differences, publish, read_marker, rotate, tidy
 
@@ -87,12 +86,13 @@ class ResumableMixin:
             self.accelerator.print(line)
         if checkpoint is None:
             return None
-        self._check_adapter(checkpoint)
+        marker = read_marker(checkpoint)
+        self._check_adapter(checkpoint, marker["adapter"])
         if not (checkpoint / self._between_steps_file()).exists():
             raise RecipeError(
                 f"{checkpoint} was not written by {args.world_size} processes: start as many as there were."
             )
-        other = differences(read_marker(checkpoint)["settings"], settings_of(self))
+        other = differences(marker["settings"], settings_of(self))
         if other is not None and str(args.resume_from_checkpoint).lower() == "true":
             raise RecipeError(
                 f"{checkpoint} is that of another run: {other}. Set it back, choose another output_dir, or go on from it all "
@@ -137,7 +137,7 @@ class ResumableMixin:
         if self.args.should_save:
             if is_best:
                 self.state.save_to_json(str(unfinished / "trainer_state.json"))
-            publish(unfinished, place, settings_of(self))
+            publish(unfinished, place, {"settings": settings_of(self), "adapter": adapter_of(self)})
             best = self.state.best_model_checkpoint
             rotate(folder, self.args.save_total_limit, {place} | ({Path(best)} if best else set()))
             (folder / UNFINISHED).rmdir()
@@ -169,15 +169,11 @@ class ResumableMixin:
         if "step" in held:
             self._step, self._buffered_inputs = held["step"], held["completions"]
 
-    def _check_adapter(self, checkpoint: Path) -> None:
-        config_file = checkpoint / ADAPTER_FILES[0]
-        model = self.accelerator.unwrap_model(self.model)
-        if not isinstance(model, PeftModel):
-            return
-        if not config_file.is_file():
-            raise RecipeError(f"{checkpoint} holds no adapter (no {config_file.name}): it is that of another run.")
-        there = json.loads(config_file.read_text(encoding="utf-8"))
-        other = differences(what_decides(there), what_decides(plain(model.peft_config["default"].to_dict())))
+    def _check_adapter(self, checkpoint: Path, there: Mapping[str, Any]) -> None:
+        here = adapter_of(self)
+        other = differences(there, here)
+        if other is None and bool(there) != bool(here):
+            other = "there is none" if here else "this run trains none"
         if other is not None:
             raise RecipeError(
                 f"{checkpoint} holds another adapter: {other}. Set it back, or choose another output_dir or checkpoint."
@@ -254,8 +250,14 @@ def settings_of(trainer: Trainer) -> dict[str, Any]:
     return plain(given | {"base model": base, "processes": trainer.args.world_size})
 
 
-def what_decides(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of an adapter's config decides over what its numbers mean; the base is compared by its weights, on loading."""
+def adapter_of(trainer: Trainer) -> dict[str, Any]:
+    """What of an adapter's config decides over what its numbers mean, as JSON values; empty without an adapter.
+
+    The base is not among it: its weights are compared on loading.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if not isinstance(model, PeftModel):
+        return {}
     ignored = (
         "inference_mode",
         "base_model_name_or_path",
@@ -265,13 +267,16 @@ def what_decides(config: Mapping[str, Any]) -> dict[str, Any]:
         "auto_mapping",
     )
     ignored += ("save_dtype", "save_basis", "peft_version", "peft_tinylora_version")
-    return {
-        name: sorted(value) if isinstance(value, list) else value
-        for name, value in config.items()
-        if name not in ignored
-    }
+    config = plain(model.peft_config["default"].to_dict())
+    return {name: value for name, value in config.items() if name not in ignored}
 
 
 def plain(value: Any) -> Any:
-    """A value as it comes back from JSON; what JSON does not know, as a list or in words."""
-    return json.loads(json.dumps(value, default=lambda v: sorted(v) if isinstance(v, (set, frozenset)) else str(v)))
+    """A value as it comes back from JSON; of what JSON does not know, no more than two processes agree on."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, (set, frozenset)):
+            return sorted(value)
+        return os.fspath(value) if isinstance(value, os.PathLike) else type(value).__name__
+
+    return json.loads(json.dumps(value, default=known))

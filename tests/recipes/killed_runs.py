@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import peft.peft_model
 import safetensors.torch
 import torch
 from transformers import GenerationMixin
@@ -52,7 +53,8 @@ class Killer:
             return
         if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
-        if str(arguments[WRITES[event]]).startswith(self.folder):
+        is_in_open_folder = event in ("os.remove", "os.rmdir") and arguments[1] != -1  # as shutil.rmtree goes about
+        if is_in_open_folder or str(arguments[WRITES[event]]).startswith(self.folder):
             self.reach("file")
             if event == "os.rename":
                 self.reach("rename")
@@ -76,7 +78,7 @@ class Killer:
 
     def install(self) -> None:
         self.wrap(torch, "save", "half", "half")
-        self.wrap(safetensors.torch, "save_file", "half", "half")
+        self.wrap(peft.peft_model, "safe_save_file", "half", "half")  # the name that it has there
         self.wrap(GenerationMixin, "_sample", "generate", "before")
         self.wrap(torch.Tensor, "backward", "backward", "before")
         self.wrap(torch.optim.AdamW, "step", "optimizer", "after")

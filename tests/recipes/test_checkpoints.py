@@ -31,7 +31,7 @@ def written(folder: Path, step: int, text: str = "numbers") -> Path:
 
 def published(folder: Path, step: int, text: str = "numbers") -> Path:
     place = folder / f"checkpoint-{step}"
-    publish(written(folder, step, text), place, {"seed": 1})
+    publish(written(folder, step, text), place, {"settings": {"seed": 1}, "adapter": {}})
     return place
 
 
