@@ -10,6 +10,9 @@ Leaves in `output_dir`: the adapter (adapter_model.safetensors, adapter_config.j
 recipe.yaml (what was set), reward_curve.csv and reward_curve.png. With `push_to_hub: true` and `hub_model_id` they go to the
 Hub, as one commit. The last line of stdout is one JSON object with the result.
 
+With `save_steps`, a run that was killed at any point goes on by `resume_from_checkpoint: true`, and ends with the same numbers
+(resuming.py).
+
 parse -> data -> model -> trainer -> train -> save -> push
 """
 

@@ -267,12 +267,15 @@ def run_jobs(jobs: list[dict], folder: Path) -> list[dict]:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def killed_and_resumed(kills: list[tuple[str, str, int | float]], base: Path, files, folder: Path) -> None:
+def killed_and_resumed(
+    kills: list[tuple[str, str, int | float]], base: Path, files: tuple[Path, Path], folder: Path, processes: int = 1
+) -> None:
     """Runs each recipe once left alone, and once for each kill, and compares what they leave."""
 
     def job(recipe: str, name: str, kill: tuple | None, log: str) -> dict:
         options = recipe_options(recipe, base, files, folder / name)
-        return {"recipe": recipe, "options": options, "kill": kill, "log": str(folder / f"{name}-{log}.log")}
+        log = str(folder / f"{name}-{log}.log")
+        return {"recipe": recipe, "options": options, "processes": processes, "kill": kill, "log": log}
 
     recipes = sorted({recipe for recipe, *_ in kills})
     jobs = [job(recipe, recipe, None, "whole") for recipe in recipes]
@@ -323,3 +326,9 @@ def test_recipes_killed_at_many_random_points_and_resumed(tiny_model_dir, proble
     places = ("file", "half", "backward", "optimizer", "generate")
     kills = [(shares.choice(("grpo", "sft")), shares.choice(places), shares.random()) for _ in range(40)]
     killed_and_resumed(kills, tiny_model_dir, problem_files, tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_of_which_one_is_killed_and_resumed(tiny_model_dir, problem_files, tmp_path):
+    kills = [("grpo", "half", 14), ("grpo", "backward", 4), ("sft", "optimizer", 5), ("sft", "file", 0.5)]
+    killed_and_resumed(kills, tiny_model_dir, problem_files, tmp_path, processes=2)
