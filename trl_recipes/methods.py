@@ -191,8 +191,15 @@ def finish(model: PreTrainedModel | PeftModel, method: str, tinylora_save_dtype:
         lora_xs.fold(model)
 
 
-def finished_in(output_dir: Path) -> str | None:
-    """What an earlier run left in a folder: "adapter", "model", or `None`."""
+def finished_in(output_dir: Path, resume_from_checkpoint: str | bool | None) -> str | None:
+    """
+    What a run must not replace unasked in a folder: "adapter", "model", or `None`.
+
+    Not what a run left that was killed between saving it and drawing its curve, where this run goes on from a checkpoint.
+    """
+    goes_on = str(resume_from_checkpoint).lower() not in ("none", "false")
+    if goes_on and not any(output_dir.glob("*_curve.png")):
+        return None
     if (output_dir / WEIGHTS_FILE).exists():
         return "adapter"
     return "model" if any(output_dir.glob(MODEL_WEIGHTS)) else None
