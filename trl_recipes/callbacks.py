@@ -62,12 +62,12 @@ class CurveCallback(TrainerCallback):
         self.file = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        size = trained_numbers(kwargs["model"]).numel()  # on every process: they may have to put v together
         if not state.is_world_process_zero:
             return
         kept = []
         if state.global_step > 0 and self.path.exists():
             kept = [row for row in read_rows(self.path) if int(row["step"]) <= state.global_step]
-        size = trained_numbers(kwargs["model"]).numel()
         values = [f"v_{i}" for i in range(size)] if size <= MOST_VALUES else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("w", newline="")
@@ -78,9 +78,11 @@ class CurveCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         logs = kwargs["logs"]
-        if self.file is None or self.main not in logs:  # the summary at the end, and those of evaluations
+        if self.main not in logs:  # the summary at the end, and those of evaluations
             return
         v = trained_numbers(kwargs["model"])
+        if self.file is None:
+            return
         row = {"step": state.global_step, "v_norm": v.norm().item()}
         row |= {column: logs.get(key) for column, key in self.columns.items()}
         if v.numel() <= MOST_VALUES:

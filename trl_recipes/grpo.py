@@ -20,6 +20,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 
@@ -68,6 +69,7 @@ from trl_recipes.publishing import evaluation_of, push_result, take_hub_options,
 from trl_recipes.rewards import check_rewards, load_rewards  # noqa: E402
 from trl_recipes.rollouts import make_rollouts, weigh_by_importance  # noqa: E402
 from trl_recipes.score import score_both_ways, score_options  # noqa: E402
+from trl_recipes.sharding import is_sharded, prepare_sharding, ready_to_generate, send_gradients_only  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
     hide_known_noise,
@@ -94,6 +96,7 @@ def main() -> None:
     refuse_lora_options(model_args)
     refuse_quantization_options(model_args, training_args.use_vllm)
     refuse_rounding_options(training_args)
+    send_gradients_only(training_args)
     output_dir = Path(training_args.output_dir)
     say = PartialState().print  # on the main process only
     if (output_dir / "adapter_model.safetensors").exists():
@@ -145,6 +148,7 @@ def main() -> None:
         rollout_func=rollouts,
     )
     keep_vector_in_fp32(trainer)
+    prepare_sharding(trainer)
     if rollouts is not None:
         weigh_by_importance(trainer)
         rollouts.check(trainer)
@@ -154,29 +158,35 @@ def main() -> None:
     # --- train
     trained_parameters = count_trained(trainer.model)
     say(f"{model_args.model_name_or_path}: training {trained_parameters} numbers in fp32, {problems} held out")
-    with trainer.model.disable_adapter():
-        before, _ = score_both_ways(
-            trainer.model, tokenizer, held_out, recipe_args, training_args.max_completion_length
-        )
-    if before is None:
+    measure = partial(
+        score_both_ways,
+        tokenizer=tokenizer,
+        problems=held_out,
+        recipe_args=recipe_args,
+        max_completion_length=training_args.max_completion_length,
+    )
+    before = None
+    if held_out is None:
         say(NOT_SCORED)
-    else:
+    elif not is_sharded(trainer):  # else only once it is on its devices, after training
+        with trainer.model.disable_adapter():
+            before, _ = measure(trainer.model)
         say(f"before: greedy {before['greedy']:.1%}, sampled {before['sampled']:.1%}")
     started = time.time()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     grpo_seconds = time.time() - started
 
     # --- save
-    # Without the wrapper of mixed precision: scored as a later process will score it.
-    policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    round_vector(policy, tinylora_args.tinylora_save_dtype)
+    round_vector(trainer.model, tinylora_args.tinylora_save_dtype)
     # Before scoring, which takes a while: Ctrl-C must not cost the training.
     save_adapter(
         trainer, output_dir, load_tokenizer(model_args, training_args.trust_remote_code), keep=curve.path.name
     )
-    after, answers_sha256 = score_both_ways(
-        policy, tokenizer, held_out, recipe_args, training_args.max_completion_length
-    )
+    with ready_to_generate(trainer) as policy:
+        after, answers_sha256 = measure(policy)
+        if is_sharded(trainer):
+            with policy.disable_adapter():
+                before, _ = measure(policy)
     if Version(transformers.__version__) >= Version("5.18"):  # remove when that is the oldest supported
         trainer.end()
     if not PartialState().is_main_process:

@@ -20,6 +20,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 
@@ -64,6 +65,7 @@ from trl_recipes.problems import (  # noqa: E402
 )
 from trl_recipes.publishing import evaluation_of, push_result, take_hub_options, write_recipe_file  # noqa: E402
 from trl_recipes.score import score_both_ways, score_options  # noqa: E402
+from trl_recipes.sharding import is_sharded, prepare_sharding, ready_to_generate, send_gradients_only  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
     hide_known_noise,
@@ -88,6 +90,7 @@ def main() -> None:
     recipe_args, training_args, model_args, mixture_args, tinylora_args = parse(ARGUMENT_CLASSES, USAGE)
     refuse_lora_options(model_args)
     refuse_quantization_options(model_args)
+    send_gradients_only(training_args)
     output_dir = Path(training_args.output_dir)
     say = PartialState().print  # on the main process only
     if (output_dir / "adapter_model.safetensors").exists():
@@ -133,33 +136,42 @@ def main() -> None:
         callbacks=[curve],
     )
     keep_vector_in_fp32(trainer)
+    prepare_sharding(trainer)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(LOSS_PROGRESS))
 
     # --- train
     trained_parameters = count_trained(trainer.model)
     say(f"{model_args.model_name_or_path}: training {trained_parameters} numbers in fp32, {problems} held out")
-    with trainer.model.disable_adapter():
-        before, _ = score_both_ways(trainer.model, tokenizer, held_out, recipe_args, recipe_args.max_completion_length)
-    if before is None:
+    measure = partial(
+        score_both_ways,
+        tokenizer=tokenizer,
+        problems=held_out,
+        recipe_args=recipe_args,
+        max_completion_length=recipe_args.max_completion_length,
+    )
+    before = None
+    if held_out is None:
         say(NOT_SCORED)
-    else:
+    elif not is_sharded(trainer):  # else only once it is on its devices, after training
+        with trainer.model.disable_adapter():
+            before, _ = measure(trainer.model)
         say(f"before: greedy {before['greedy']:.1%}, sampled {before['sampled']:.1%}")
     started = time.time()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     sft_seconds = time.time() - started
 
     # --- save
-    # Without the wrapper of mixed precision: scored as a later process will score it.
-    policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    round_vector(policy, tinylora_args.tinylora_save_dtype)
+    round_vector(trainer.model, tinylora_args.tinylora_save_dtype)
     # Before scoring, which takes a while: Ctrl-C must not cost the training.
     save_adapter(
         trainer, output_dir, load_tokenizer(model_args, training_args.trust_remote_code), keep=curve.path.name
     )
-    after, answers_sha256 = score_both_ways(
-        policy, tokenizer, held_out, recipe_args, recipe_args.max_completion_length
-    )
+    with ready_to_generate(trainer) as policy:
+        after, answers_sha256 = measure(policy)
+        if is_sharded(trainer):
+            with policy.disable_adapter():
+                before, _ = measure(policy)
     if Version(transformers.__version__) >= Version("5.18"):  # remove when that is the oldest supported
         trainer.end()
     if not PartialState().is_main_process:
