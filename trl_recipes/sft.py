@@ -65,7 +65,12 @@ from trl_recipes.problems import (  # noqa: E402
 )
 from trl_recipes.publishing import evaluation_of, push_result, take_hub_options, write_recipe_file  # noqa: E402
 from trl_recipes.score import score_both_ways, score_options  # noqa: E402
-from trl_recipes.sharding import is_sharded, prepare_sharding, ready_to_generate, send_gradients_only  # noqa: E402
+from trl_recipes.sharding import (
+    is_sharded,
+    ready_to_generate,
+    refuse_mixed_precision_where_sharded,
+    send_gradients_only,
+)  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
     hide_known_noise,
@@ -136,7 +141,7 @@ def main() -> None:
         callbacks=[curve],
     )
     keep_vector_in_fp32(trainer)
-    prepare_sharding(trainer)
+    refuse_mixed_precision_where_sharded(trainer)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(LOSS_PROGRESS))
 

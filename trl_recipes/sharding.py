@@ -23,24 +23,13 @@ def send_gradients_only(training_args: TrainingArguments) -> None:
         training_args.ddp_broadcast_buffers = False
 
 
-def prepare_sharding(trainer: Trainer) -> None:
-    """
-    Prepares FSDP2 and DeepSpeed; call it between building the trainer and training.
-
-    Raises:
-        RecipeError: for mixed precision, with which they make v half precision before it is used.
-    """
-    if not is_sharded(trainer):
-        return
-    if trainer.accelerator.mixed_precision != "no":
+def refuse_mixed_precision_where_sharded(trainer: Trainer) -> None:
+    """Raises [`RecipeError`] for mixed precision under FSDP2 or DeepSpeed, which make v half precision before it is used."""
+    if is_sharded(trainer) and trainer.accelerator.mixed_precision != "no":
         raise RecipeError(
             f"mixed precision ({trainer.accelerator.mixed_precision}) with FSDP2 or DeepSpeed, which would round v at every "
             "step: set bf16: false and fp16: false; the base computes in the dtype that it is loaded in (dtype: bfloat16)."
         )
-    if trainer.is_fsdp_enabled:
-        # Each process generates on until all are done, since all of them put each layer's weights together. transformers
-        # does so for its own way of sharding and for FSDP1, and accelerate shards in another.
-        trainer.model.get_base_model()._is_fsdp_managed_module = True
 
 
 def is_sharded(trainer: Trainer) -> bool:
