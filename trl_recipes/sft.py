@@ -65,12 +65,12 @@ from trl_recipes.problems import (  # noqa: E402
 )
 from trl_recipes.publishing import evaluation_of, push_result, take_hub_options, write_recipe_file  # noqa: E402
 from trl_recipes.score import score_both_ways, score_options  # noqa: E402
-from trl_recipes.sharding import (
+from trl_recipes.sharding import (  # noqa: E402
     is_sharded,
     ready_to_generate,
     refuse_mixed_precision_where_sharded,
     send_gradients_only,
-)  # noqa: E402
+)
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
     hide_known_noise,
