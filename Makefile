@@ -103,7 +103,7 @@ $(ZERO3_VENV)/.installed: $(STAMP)
 	@touch $@
 
 test-zero3: $(ZERO3_VENV)/.installed
-	@$(ZERO3_VENV)/bin/python -m pytest tests/test_gather.py -k zero3 $(ARGS)
+	@$(ZERO3_VENV)/bin/python -m pytest tests/test_gather.py tests/recipes/test_processes.py -k zero3 $(ARGS)
 
 # vLLM wants an older transformers than constraints.txt has. Its CPU build takes the CPU's torch; the packages for pictures
 # and sound that come with it do not go together with that torch, and are not needed.

@@ -64,13 +64,13 @@ class CurveCallback(TrainerCallback):
         self.file = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
+        size = trained_numbers(kwargs["model"]).numel()  # on every process: they may have to put v together
         if not state.is_world_process_zero:
             return
         kept = []
         if state.global_step > 0 and self.path.exists():
             rows = [row for row in read_rows(self.path) if None not in row.values()]  # but one that was cut short
             kept = [row for row in rows if int(row["step"]) <= state.global_step]
-        size = trained_numbers(kwargs["model"]).numel()
         values = [f"v_{i}" for i in range(size)] if size <= MOST_VALUES else []
         norm = ["v_norm"] if size else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,9 +86,11 @@ class CurveCallback(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         logs = kwargs["logs"]
         # No row for the summary at the end, which a run that is resumed after its last step logs again, and evaluations.
-        if self.file is None or self.main not in logs or "train_runtime" in logs:
+        if self.main not in logs or "train_runtime" in logs:
             return
         v = trained_numbers(kwargs["model"])
+        if self.file is None:
+            return
         row = {"step": state.global_step} | {column: logs.get(key) for column, key in self.columns.items()}
         if v.numel():
             row["v_norm"] = v.norm().item()

@@ -38,6 +38,7 @@ from trl_recipes.arguments import (
     refuse_lora_options,
 )
 from trl_recipes.problems import first_line
+from trl_recipes.sharding import is_sharded
 from trl_recipes.trainer_setup import keep_vector_in_fp32, round_vector, save_adapter, tinylora_config
 
 
@@ -165,6 +166,8 @@ def prepare(trainer: Trainer, method: str, tinylora_dtype: str) -> None:
     keep_vector_in_fp32(trainer)
     keep_differentiable(trainer.model)
     if method == "lora-xs":
+        if is_sharded(trainer):
+            raise RecipeError("method: lora-xs with FSDP2 or DeepSpeed, which would shard its factors: start it with DDP.")
         lora_xs.install(trainer.model)
     if method == "tinylora" and tinylora_dtype != "float32":
         for name, parameter in trainer.model.named_parameters():

@@ -23,6 +23,7 @@ import shlex
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 
@@ -78,6 +79,12 @@ from trl_recipes.problems import (  # noqa: E402
 from trl_recipes.publishing import evaluation_of, push_result, take_hub_options, write_recipe_file  # noqa: E402
 from trl_recipes.resuming import resumable  # noqa: E402
 from trl_recipes.score import score_both_ways, score_options  # noqa: E402
+from trl_recipes.sharding import (  # noqa: E402
+    is_sharded,
+    ready_to_generate,
+    refuse_mixed_precision_where_sharded,
+    send_gradients_only,
+)
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
     hide_known_noise,
@@ -98,6 +105,7 @@ def main() -> None:
     recipe_args, training_args, model_args, mixture_args, tinylora_args = parse(ARGUMENT_CLASSES, USAGE)
     refuse_unread_options(recipe_args, training_args, model_args)
     refuse_quantization_options(model_args)
+    send_gradients_only(training_args)
     output_dir = Path(training_args.output_dir)
     say = PartialState().print  # on the main process only
     finished = finished_in(output_dir, training_args.resume_from_checkpoint)
@@ -146,6 +154,7 @@ def main() -> None:
         callbacks=[curve],
     )
     prepare(trainer, recipe_args.method, tinylora_args.tinylora_dtype)
+    refuse_mixed_precision_where_sharded(trainer)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(LOSS_PROGRESS))
 
@@ -155,25 +164,33 @@ def main() -> None:
     trained_parameters = count_trained(trainer.model)
     dtypes = trained_dtypes(trainer.model)
     say(f"{model_args.model_name_or_path}: training {trained_parameters} numbers in {dtypes}, {problems} held out")
-    with without_adapter(trainer.model):
-        before, _ = score_both_ways(trainer.model, tokenizer, held_out, recipe_args, recipe_args.max_completion_length)
-    if before is None:
+    measure = partial(
+        score_both_ways,
+        tokenizer=tokenizer,
+        problems=held_out,
+        recipe_args=recipe_args,
+        max_completion_length=recipe_args.max_completion_length,
+    )
+    before = None
+    if held_out is None:
         say(NOT_SCORED)
-    else:
+    elif not is_sharded(trainer):  # else only once it is on its devices, after training
+        with without_adapter(trainer.model):
+            before, _ = measure(trainer.model)
         say(f"before: greedy {before['greedy']:.1%}, sampled {before['sampled']:.1%}")
     started = time.time()
     trainer.train(resume_from_checkpoint=checkpoint)
     sft_seconds = time.time() - started
 
     # --- save
-    # Without the wrapper of mixed precision: scored as a later process will score it.
-    policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    finish(policy, recipe_args.method, tinylora_args.tinylora_save_dtype)
+    finish(trainer.model, recipe_args.method, tinylora_args.tinylora_save_dtype)
     # Before scoring, which takes a while: Ctrl-C must not cost the training.
     save(trainer, output_dir, load_tokenizer(model_args, training_args.trust_remote_code), keep=curve.path.name)
-    after, answers_sha256 = score_both_ways(
-        policy, tokenizer, held_out, recipe_args, recipe_args.max_completion_length
-    )
+    with ready_to_generate(trainer) as policy:
+        after, answers_sha256 = measure(policy)
+        if is_sharded(trainer) and recipe_args.method != "full":
+            with without_adapter(policy):
+                before, _ = measure(policy)
     if Version(transformers.__version__) >= Version("5.18"):  # remove when that is the oldest supported
         trainer.end()
     if not PartialState().is_main_process:
@@ -207,7 +224,7 @@ def main() -> None:
         )
         for start in range(0, len(shown), 7):
             print("  " + " ".join(f"{value:+.5f}" for value in shown[start : start + 7]))
-    if after is not None:
+    if before is not None and after is not None:
         print(f"\n{'held out':<12}{'before':>8}{'after':>8}")
         for decoding in after:
             print(f"{decoding:<12}{before[decoding]:>8.1%}{after[decoding]:>8.1%}")

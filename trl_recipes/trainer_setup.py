@@ -20,9 +20,11 @@ from trl import GRPOConfig, ModelConfig, get_quantization_config
 from peft_tinylora import TinyLoraConfig
 from peft_tinylora.adapter_files import ADAPTER_FILES
 from peft_tinylora.card import FACTS_FILE
+from peft_tinylora.gather import stored_shape, whole
 from peft_tinylora.hub import REPORT_FILES, TOKENIZER_FILES, is_changed
 from trl_recipes.arguments import RecipeError, TinyLoraArguments
 from trl_recipes.problems import first_line
+from trl_recipes.sharding import gathered_parameters, partitioned_in
 
 
 def hide_known_noise() -> None:
@@ -79,7 +81,8 @@ def load_model(model_args: ModelConfig, trust_remote_code: bool, extra_kwargs: d
     if quantization_config is not None:
         kwargs |= {"quantization_config": quantization_config, "device_map": {"": PartialState().device}}
     try:
-        return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs | (extra_kwargs or {}))
+        with partitioned_in(model_args.dtype):
+            return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs | (extra_kwargs or {}))
     except (OSError, ValueError) as error:
         raise RecipeError(f"cannot load model {model_args.model_name_or_path!r}: {first_line(error)}") from error
 
@@ -156,23 +159,26 @@ def keep_vector_in_fp32(trainer: Trainer) -> int:
 
 
 def trained_numbers(model: PeftModel) -> torch.Tensor:
-    """Returns a copy of all v, in the model's order: shape (groups * u,), fp32, on the CPU; of baselines, shape (0,)."""
-    vectors = [
-        p.detach().flatten() for name, p in model.named_parameters() if p.requires_grad and "tinylora_v" in name
-    ]
-    return torch.cat(vectors).float().cpu().clone() if vectors else torch.zeros(0)
+    """
+    Returns a copy of all v, in the model's order: shape (groups * u,), fp32, on the CPU; of baselines, shape (0,).
+
+    Every process calls it.
+    """
+    vectors = [p for name, p in model.named_parameters() if p.requires_grad and "tinylora_v" in name]
+    with gathered_parameters(vectors):
+        return torch.cat([torch.zeros(0), *(whole(v.detach()).flatten().float().cpu() for v in vectors)])
 
 
 def count_trained(model: PreTrainedModel | PeftModel) -> int:
     """Counts the numbers that training changes: v, and the modules to save where there are any."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return sum(stored_shape(p).numel() for p in model.parameters() if p.requires_grad)
 
 
 def round_vector(model: PeftModel, save_dtype: str) -> None:
     """
     Rounds v to `save_dtype`, in the model and in what is saved from now on: what is scored is what was saved.
 
-    Call it after training: a checkpoint of the run is saved as it trains.
+    Call it after training, on every process: a checkpoint of the run is saved as it trains.
 
     Args:
         model ([`~peft.PeftModel`]):
@@ -180,9 +186,10 @@ def round_vector(model: PeftModel, save_dtype: str) -> None:
         save_dtype (`str`):
             "float32" or "bfloat16".
     """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and "tinylora_v" in name:
-            parameter.data = parameter.data.to(getattr(torch, save_dtype)).to(parameter.dtype)
+    vectors = [p for name, p in model.named_parameters() if p.requires_grad and "tinylora_v" in name]
+    with gathered_parameters(vectors), torch.no_grad():
+        for v in vectors:
+            v.copy_(v.to(getattr(torch, save_dtype)))
     for config in model.peft_config.values():
         config.save_dtype = save_dtype
 

@@ -179,7 +179,7 @@ def test_a_finished_model_is_kept_and_another_method_leaves_nothing_of_it(here, 
         here(recipe_of(run), folder, *short)
     assert {path.name for path in folder.iterdir()} == {p.name for p in run.folder.iterdir() if p.is_file()}
     here(recipe_of(run), folder, *short, "--overwrite_output_dir", "true")
-    assert finished_in(folder) == ("adapter" if kind == "model" else "model")
+    assert finished_in(folder, None) == ("adapter" if kind == "model" else "model")
     adapter = {"adapter_config.json", "adapter_model.safetensors"}
     model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
     assert not (model if kind == "model" else adapter) & {path.name for path in folder.iterdir()}
