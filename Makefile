@@ -5,12 +5,14 @@
 #                   Linux machine without an NVIDIA GPU takes the CPU build from PyTorch's own index, so as not to
 #                   download gigabytes of CUDA packages; any other machine, or one that cannot reach that index, takes
 #                   what pip's own configuration offers.
+# JOBS              runs at a time in `make figures`, 2 by default; each takes one thread
 # ARGS              more arguments for pytest in `make test`, `test-peft`, `test-backends`, `test-zero3` and `test-vllm`, or for
 #                   `make bench`, `benchmark` and `benchmark-basis`
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
 ARGS ?=
+JOBS ?= 2
 
 CPU_INDEX_URL := https://download.pytorch.org/whl/cpu
 VENV := .venv
@@ -23,7 +25,7 @@ STAMP := $(VENV)/.installed
 # Taken before anything is installed: the demo's total_seconds starts here.
 export TINYLORA_DEMO_START := $(shell date +%s)
 
-.PHONY: setup demo demo-4bit cards test test-peft test-backends test-zero3 test-vllm bench benchmark benchmark-basis quality style clean
+.PHONY: setup demo demo-4bit cards figures test test-peft test-backends test-zero3 test-vllm bench benchmark benchmark-basis quality style clean
 
 setup: $(STAMP)
 	@echo "setup: $(VENV) is up to date"
@@ -65,6 +67,20 @@ cards: setup
 	    OMP_NUM_THREADS=2 $(VENV)/bin/python trl_recipes/$${recipe%_4bit}.py \
 	        --config trl_recipes/configs/$$name.yaml --output_dir model_cards/$$name || exit 1; \
 	done
+
+# The paper's figures on the embedded model and on two of other sizes, which are pre-trained first: hours on two cores.
+# Killed or failed, it goes on where it was.
+FIGURE_SWEEPS := $(wildcard trl_recipes/sweeps/embedded/grpo_*.yaml trl_recipes/sweeps/embedded/sft_*.yaml)
+figures: setup
+	@for size in 64 256; do \
+	    test -e outputs/models/hidden_$$size/model/model.safetensors && continue; \
+	    echo "figures: pre-training the model of hidden size $$size (5 to 30 minutes)"; \
+	    $(VENV)/bin/python -m trl_recipes.embedded.pretrain --threads 1 --hidden_size $$size \
+	        --intermediate_size $$((2 * size)) --output_dir outputs/models/hidden_$$size || exit 1; \
+	done
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore trl_recipes/sweep.py --jobs $(JOBS) --sweeps $(FIGURE_SWEEPS)
+	@$(VENV)/bin/python -W ignore trl_recipes/figures.py --figures trl_recipes/sweeps/embedded/figures.yaml \
+	    --output_dir docs/figures
 
 test: setup
 	@echo "test: the offline CPU tests"
