@@ -69,7 +69,7 @@ class ResumableMixin:
 
         Raises:
             RecipeError: if the folder named is no whole checkpoint; if the checkpoint is that of another adapter or number
-                of processes; if it is found by "true", and that of a run with other settings.
+                of processes, or in a later pass over streamed data; if it is found by "true", and that of a run with other settings.
         """
         args = self.args
         if getattr(args, "enable_jit_checkpoint", False):
@@ -91,6 +91,11 @@ class ResumableMixin:
         if not (checkpoint / self._between_steps_file()).exists():
             raise RecipeError(
                 f"{checkpoint} was not written by {args.world_size} processes: start as many as there were."
+            )
+        if self._is_past_a_stream(checkpoint):
+            raise RecipeError(
+                f"{checkpoint} is in a later pass over streamed data, whose order Trainer does not find again: name one of the "
+                "first pass, or start anew with streaming: false."
             )
         other = differences(marker["settings"], settings_of(self))
         if other is not None and str(args.resume_from_checkpoint).lower() == "true":
@@ -168,6 +173,12 @@ class ResumableMixin:
             self._metrics[mode].update(values)
         if "step" in held:
             self._step, self._buffered_inputs = held["step"], held["completions"]
+
+    def _is_past_a_stream(self, checkpoint: Path) -> bool:
+        if hasattr(self.train_dataset, "__len__"):
+            return False
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        return state.epoch >= 1 and state.global_step < self.args.max_steps  # Trainer counts all steps into each pass
 
     def _check_adapter(self, checkpoint: Path, there: Mapping[str, Any]) -> None:
         here = adapter_of(self)

@@ -51,6 +51,7 @@ CASES = {
         {"rows": 44, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "logging_steps": 2},
         [1, 3, 5, 6],
     ),
+    "examples streamed": (SFTTrainer, {"rows": 40, "max_steps": 4, "streaming": True}, [2]),
     "examples packed": (
         SFTTrainer,
         {"rows": 20, "packing": True, "max_length": 16, "per_device_train_batch_size": 4, "max_steps": 5},
@@ -186,6 +187,18 @@ def test_one_of_another_number_of_processes_and_saving_in_the_middle_of_a_step_a
         resuming(tiny_model_dir, tmp_path, str(two)).checkpoint_to_resume()
     with pytest.raises(RecipeError, match="enable_jit_checkpoint"):
         resuming(tiny_model_dir, tmp_path, "false", enable_jit_checkpoint=True).checkpoint_to_resume()
+
+
+def test_in_a_later_pass_over_a_stream_none_is_taken(tiny_model_dir, tmp_path):
+    options = {"rows": 24, "max_steps": 5, "streaming": True}  # three steps a pass
+    tiny_trainer(tiny_model_dir, tmp_path, ResumableSFTTrainer, **options).train()
+
+    def found(step: int) -> Path:
+        return resuming(tiny_model_dir, tmp_path, f"{tmp_path}/checkpoint-{step}", **options).checkpoint_to_resume()
+
+    assert [found(step).name for step in (3, 5)] == ["checkpoint-3", "checkpoint-5"]
+    with pytest.raises(RecipeError, match="checkpoint-4 is in a later pass over streamed data"):
+        found(4)
 
 
 def test_an_adapter_without_its_curve_is_not_finished_for_a_run_that_resumes(tmp_path):

@@ -11,7 +11,9 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from peft_tinylora import TinyLoraConfig
 
 
-def tiny_trainer(base: Path, folder: Path, trainer_class: type[Trainer], *, rows: int = 100, **options) -> Trainer:
+def tiny_trainer(
+    base: Path, folder: Path, trainer_class: type[Trainer], *, rows: int = 100, streaming: bool = False, **options
+) -> Trainer:
     """A trainer on the first `rows` sums, as the recipes build it; `u` and `projection_seed` are the adapter's."""
     adapter = {name: options.pop(name) for name in ("u", "projection_seed") if name in options}
     common = {
@@ -29,6 +31,7 @@ def tiny_trainer(base: Path, folder: Path, trainer_class: type[Trainer], *, rows
     sums = all_sums()[:rows]
     if issubclass(trainer_class, SFTTrainer):
         data = Dataset.from_list([{"prompt": row["prompt"], "completion": f" #### {row['answer']}"} for row in sums])
+        data = data.to_iterable_dataset() if streaming else data
         more = {"eval_dataset": data} if options.get("eval_strategy", "no") != "no" else {}
         return trainer_class(args=SFTConfig(**options), train_dataset=data, **more, **common)
     assert issubclass(trainer_class, GRPOTrainer)
