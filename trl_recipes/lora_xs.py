@@ -19,6 +19,7 @@ from torch import nn
 from peft_tinylora.assignment import TargetWeight, request_of
 from peft_tinylora.build import build_bases
 from peft_tinylora.source import WeightSource
+from trl_recipes.arguments import RecipeError
 
 
 ADAPTER = "default"
@@ -70,11 +71,17 @@ def install(model: PeftModel) -> None:
         model ([`~peft.PeftModel`]): with a new LoRA with lora_alpha = r, on linear layers, quantized or not.
 
     Raises:
+        RecipeError: for a layer that is not linear; names it.
         BasisError: if a weight has fewer than r rows or columns, or holds NaN; names the module.
         UnsupportedModuleError: if no singular vectors can be taken from a weight; names the module.
     """
     base, config = model.get_base_model(), model.peft_config[ADAPTER]
     layers = lora_layers(model)
+    for name, layer in layers.items():
+        if ADAPTER not in layer.lora_B:
+            raise RecipeError(
+                f"lora-xs adapts linear layers, and {name!r} is none: take it out of lora_target_modules."
+            )
     weights = {name: TargetWeight(base, name, None) for name in layers}
     source = WeightSource(base, config, weights.values())
     requests = [request_of(source, name, weight, config.r) for name, weight in weights.items()]

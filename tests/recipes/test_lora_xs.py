@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from peft_tinylora import BasisError
 from peft_tinylora.weight import dense_matrix, keep_differentiable, quantization_backend
+from trl_recipes.arguments import RecipeError
 from trl_recipes.lora_xs import fold, install, lora_layers
 
 
@@ -25,8 +26,8 @@ OUTPUT_AFTER_LOADING = """
 """
 
 
-def with_lora_xs(base: torch.nn.Module, r: int = 2) -> PeftModel:
-    config = LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", task_type="CAUSAL_LM")
+def with_lora_xs(base: torch.nn.Module, r: int = 2, targets: str | list[str] = "all-linear") -> PeftModel:
+    config = LoraConfig(r=r, lora_alpha=r, target_modules=targets, task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
     keep_differentiable(model)
     install(model)
@@ -194,3 +195,8 @@ def test_merged_into_the_base_it_is_the_same_function(tokens):
 def test_a_rank_that_a_weight_does_not_have_is_refused_by_name():
     with pytest.raises(BasisError, match=r"r=17 .*model\.layers\.0\.self_attn\.k_proj.*r=16 or less"):
         with_lora_xs(make_tiny_llama(), r=17)
+
+
+def test_a_layer_that_is_not_linear_is_refused_by_name():
+    with pytest.raises(RecipeError, match=r"'model\.embed_tokens' is none: take it out of lora_target_modules"):
+        with_lora_xs(make_tiny_llama(), targets=["q_proj", "embed_tokens"])
