@@ -33,6 +33,8 @@ def hide_known_noise() -> None:
     # TRL 1.16 sets and reads gradient_checkpointing, which transformers 5.23 calls activation_checkpointing. Remove
     # when TRL does too.
     warnings.filterwarnings("ignore", ".*gradient_checkpointing", FutureWarning)
+    # torch 2.13 has another name for what transformers passes on; see send_gradients_only.
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
 
 
 def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:

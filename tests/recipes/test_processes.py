@@ -103,14 +103,14 @@ def sft(launch, solved_files) -> Callable[[str], WatchedRun]:
 
 @pytest.fixture(scope="module")
 def grpo(launch, problem_files) -> Callable[[str], WatchedRun]:
-    """Three steps of GRPO: three groups of eight, of which the second has completions in both processes."""
+    """Three steps of GRPO: three groups of eight, of which the second has completions in both processes. Saved in bf16."""
 
     @cache
     def grpo(way: str) -> WatchedRun:
         return launch(
             *(way, "grpo", "--dataset_name", str(problem_files[0]), "--temperature", str(TEMPERATURE)),
             *("--per_device_train_batch_size", "12", "--num_generations", "8", "--max_steps", "3"),
-            *("--max_completion_length", "24"),
+            *("--max_completion_length", "24", "--tinylora_save_dtype", "bfloat16"),
         )
 
     return grpo
@@ -160,7 +160,8 @@ def test_both_processes_and_the_file_have_the_same_v(request, way: str, recipe: 
     assert all((v != 0).all() for v in first)
     assert run.processes[0]["kind"] == {"multi_gpu": "Parameter", "fsdp2": "DTensor", "zero3": "Parameter"}[way]
     [saved] = load_file(run.folder / "adapter_model.safetensors").values()
-    assert torch.equal(saved.flatten(), first[-1])
+    assert saved.dtype == (torch.bfloat16 if recipe == "grpo" else torch.float32)  # as the two fixtures ask for
+    assert torch.equal(saved.flatten(), first[-1].to(saved.dtype))
     logged = [[float(row[f"v_{i}"]) for i in range(4)] for row in run.curve]
     torch.testing.assert_close(torch.tensor(logged), torch.stack(first), rtol=1e-6, atol=0)
 
