@@ -18,6 +18,12 @@ from trl.scripts.grpo import GRPOScriptArguments
 from peft_tinylora.config import SAVE_DTYPES
 
 
+METHODS = ("tinylora", "lora", "lora-xs", "full")
+# Of TRL's `ModelConfig`: those of a LoRA, and which of them the other methods read.
+LORA_OPTIONS = (*(f.name for f in fields(ModelConfig) if f.name.startswith("lora_")), "use_rslora", "use_dora")
+LORA_OPTIONS_READ = {"lora": LORA_OPTIONS, "lora-xs": ("lora_r", "lora_dropout", "lora_target_modules")}
+
+
 class RecipeError(ValueError):
     """A mistake in what the user asked for. The scripts print it as one line, without a traceback."""
 
@@ -62,6 +68,8 @@ class RecipeArguments(ProblemArguments, ScriptArguments):
     """What a training recipe reads, besides TRL's own arguments. `dataset_name` may be a JSON, JSONL or Parquet file.
 
     Args:
+        method (`str`, *optional*, defaults to `"tinylora"`):
+            What is trained: `"tinylora"`, or beside it as baselines `"lora"`, `"lora-xs"` and `"full"`; see methods.py.
         eval_dataset_name (`str`, *optional*):
             Held-out problems, a dataset id or a local file. Without it: `dataset_test_split` of the training dataset,
             where it has one.
@@ -75,6 +83,14 @@ class RecipeArguments(ProblemArguments, ScriptArguments):
             Hub id of the base model, which a pushed adapter must name, where `model_name_or_path` is a folder.
     """
 
+    method: str = field(
+        default="tinylora",
+        metadata={
+            "help": "What is trained: tinylora; or a baseline: lora (TRL's lora_* options, with TRL's defaults), lora-xs "
+            "(lora_r, lora_dropout, lora_target_modules; its r x r matrices alone are trained), or full (all weights). "
+            "Baselines don't read tinylora_*, adapt all linear layers by default, and want learning rates of their own."
+        },
+    )
     eval_dataset_name: str | None = field(
         default=None,
         metadata={
@@ -98,6 +114,11 @@ class RecipeArguments(ProblemArguments, ScriptArguments):
         default=None,
         metadata={"help": "With push_to_hub: the base model's id on the Hub, if `model_name_or_path` is a folder."},
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.method not in METHODS:
+            raise RecipeError(f"method={self.method!r}: allowed are {', '.join(map(repr, METHODS))}.")
 
 
 @dataclass
@@ -179,6 +200,8 @@ class TinyLoraArguments:
             The weights that the frozen factors come from: `base` as loaded, or `full-precision`.
         tinylora_save_basis (`bool`, *optional*, defaults to `False`):
             Whether the adapter file holds the frozen factors.
+        tinylora_dtype (`str`, *optional*, defaults to `"float32"`):
+            What the trained numbers are trained in: `float32`, or `bfloat16` to compare with the paper's figure 4.
         tinylora_save_dtype (`str`, *optional*, defaults to `"float32"`):
             What the trained numbers are rounded to once, after training: `float32` or `bfloat16`.
     """
@@ -225,6 +248,13 @@ class TinyLoraArguments:
     tinylora_save_basis: bool = field(
         default=False, metadata={"help": "Put the frozen factors into the file, so that stock PEFT loads it."}
     )
+    tinylora_dtype: str = field(
+        default="float32",
+        metadata={
+            "help": "What the trained numbers are trained in: float32; or bfloat16, in which small steps round to "
+            "nothing, to compare with the paper's figure 4."
+        },
+    )
     tinylora_save_dtype: str = field(
         default="float32",
         metadata={"help": "What the trained numbers are rounded to after training: float32 or bfloat16."},
@@ -236,10 +266,9 @@ class TinyLoraArguments:
                 self.tinylora_tie = json.loads(self.tinylora_tie)
             except json.JSONDecodeError as error:
                 raise RecipeError(f"tinylora_tie is no JSON mapping: {self.tinylora_tie!r} ({error}).") from error
-        if self.tinylora_save_dtype not in SAVE_DTYPES:
-            raise RecipeError(
-                f"tinylora_save_dtype={self.tinylora_save_dtype!r}: allowed are {', '.join(map(repr, SAVE_DTYPES))}."
-            )
+        for name in ("tinylora_dtype", "tinylora_save_dtype"):
+            if getattr(self, name) not in SAVE_DTYPES:
+                raise RecipeError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(repr, SAVE_DTYPES))}.")
 
 
 @dataclass
@@ -326,18 +355,21 @@ def parse(classes: Sequence[type], usage: str, argv: Sequence[str] | None = None
         raise RecipeError(" ".join(str(error).split())) from error
 
 
-def refuse_lora_options(model_args: ModelConfig) -> None:
-    """Raises [`RecipeError`] where `ModelConfig` asks for a LoRA, which these recipes do not train.
+def refuse_lora_options(model_args: ModelConfig, method: str = "tinylora") -> None:
+    """Raises [`RecipeError`] for options of a LoRA in `ModelConfig` that the method does not read.
 
     `use_peft` asks for an adapter only, and one is trained anyway.
     """
-    names = [f.name for f in fields(ModelConfig) if f.name.startswith("lora_")] + ["use_rslora", "use_dora"]
+    read = LORA_OPTIONS_READ.get(method, ())
     defaults = {f.name: f.default for f in fields(ModelConfig)}
-    given = [name for name in names if getattr(model_args, name) != defaults[name]]
+    given = [name for name in LORA_OPTIONS if name not in read and getattr(model_args, name) != defaults[name]]
     if given:
-        raise RecipeError(
-            f"{', '.join(given)}: LoRA options, and this recipe trains TinyLoRA: use tinylora_* instead."
-        )
+        remedy = {
+            "tinylora": "LoRA options, and this recipe trains TinyLoRA: use tinylora_* instead.",
+            "lora-xs": f"LoRA-XS has none of these and reads {', '.join(read)} only: leave them out.",
+            "full": "LoRA options, and full fine-tuning has no adapter: leave them out, or set method: lora.",
+        }
+        raise RecipeError(f"{', '.join(given)}: {remedy[method]}")
 
 
 def refuse_quantization_options(model_args: ModelConfig, use_vllm: bool = False) -> None:

@@ -47,6 +47,7 @@ class CurveCallback(TrainerCallback):
     Columns of GRPO: step, reward (mean), reward_std, zero_std_groups (share, 0 to 1), grad_norm (before clipping),
     completion_tokens (mean), learning_rate, v_norm, and v_0, v_1, ... where v has at most 32 numbers. Of SFT: step,
     loss (mean over tokens, in nats), token_accuracy (share, 0 to 1), grad_norm, learning_rate, and the same of v.
+    Baselines have no v, and none of its columns.
 
     Args:
         path (`Path`):
@@ -69,9 +70,10 @@ class CurveCallback(TrainerCallback):
             kept = [row for row in read_rows(self.path) if int(row["step"]) <= state.global_step]
         size = trained_numbers(kwargs["model"]).numel()
         values = [f"v_{i}" for i in range(size)] if size <= MOST_VALUES else []
+        norm = ["v_norm"] if size else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, ["step", *self.columns, "v_norm", *values])
+        self.writer = csv.DictWriter(self.file, ["step", *self.columns, *norm, *values])
         self.writer.writeheader()
         self.writer.writerows(kept)
         self.file.flush()
@@ -81,8 +83,9 @@ class CurveCallback(TrainerCallback):
         if self.file is None or self.main not in logs:  # the summary at the end, and those of evaluations
             return
         v = trained_numbers(kwargs["model"])
-        row = {"step": state.global_step, "v_norm": v.norm().item()}
-        row |= {column: logs.get(key) for column, key in self.columns.items()}
+        row = {"step": state.global_step} | {column: logs.get(key) for column, key in self.columns.items()}
+        if v.numel():
+            row["v_norm"] = v.norm().item()
         if v.numel() <= MOST_VALUES:
             row |= {f"v_{i}": value for i, value in enumerate(v.tolist())}
         self.writer.writerow(row)

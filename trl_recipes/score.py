@@ -44,6 +44,7 @@ from peft_tinylora import TinyLoraError  # noqa: E402
 from peft_tinylora.inline import PREFIX, inline_adapter_of_folder, name_of  # noqa: E402
 from peft_tinylora.served import skeleton  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
+    LORA_OPTIONS,
     ProblemArguments,
     RecipeArguments,
     RecipeError,
@@ -239,9 +240,8 @@ def score_options(
         "sampled": True,
     }
     options |= {f.name: vars(recipe_args)[f.name] for f in fields(ProblemArguments)}
-    options |= {
-        name: value for name, value in vars(model_args).items() if name not in ("model_name_or_path", "use_peft")
-    }
+    of_training = ("model_name_or_path", "use_peft", *LORA_OPTIONS)
+    options |= {name: value for name, value in vars(model_args).items() if name not in of_training}
     defaults = {f.name: f.default for f in (*fields(ScoreArguments), *fields(ModelConfig))}
     given = [(name, str(value)) for name, value in options.items() if value != defaults[name]]
     return shlex.join(part for name, value in given for part in (f"--{name}", value))

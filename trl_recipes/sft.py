@@ -44,7 +44,6 @@ from trl_recipes.arguments import (  # noqa: E402
     SFTArguments,
     TinyLoraArguments,
     parse,
-    refuse_lora_options,
     refuse_quantization_options,
 )
 from trl_recipes.callbacks import (  # noqa: E402
@@ -53,6 +52,17 @@ from trl_recipes.callbacks import (  # noqa: E402
     CurveCallback,
     ShortProgressCallback,
     draw_curve,
+)
+from trl_recipes.methods import (  # noqa: E402
+    finish,
+    finished_in,
+    peft_config_of,
+    prepare,
+    refuse_unread_options,
+    remarks,
+    save,
+    trained_dtypes,
+    without_adapter,
 )
 from trl_recipes.problems import (  # noqa: E402
     NOT_SCORED,
@@ -67,13 +77,9 @@ from trl_recipes.score import score_both_ways, score_options  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
     hide_known_noise,
-    keep_vector_in_fp32,
     load_model,
     load_tokenizer,
     quantization_of,
-    round_vector,
-    save_adapter,
-    tinylora_config,
 )
 
 
@@ -86,17 +92,20 @@ def main() -> None:
     # --- parse
     hide_known_noise()
     recipe_args, training_args, model_args, mixture_args, tinylora_args = parse(ARGUMENT_CLASSES, USAGE)
-    refuse_lora_options(model_args)
+    refuse_unread_options(recipe_args, training_args, model_args)
     refuse_quantization_options(model_args)
     output_dir = Path(training_args.output_dir)
     say = PartialState().print  # on the main process only
-    if (output_dir / "adapter_model.safetensors").exists():
+    finished = finished_in(output_dir)
+    if finished is not None:
         if not recipe_args.overwrite_output_dir:
             raise RecipeError(
-                f"{output_dir} already holds a finished adapter: choose another output_dir, "
+                f"{output_dir} already holds a finished {finished}: choose another output_dir, "
                 "or set overwrite_output_dir: true."
             )
-        say(f"the finished adapter in {output_dir} will be replaced at the end of this run")
+        say(f"the finished {finished} in {output_dir} will be replaced at the end of this run")
+    for line in remarks(recipe_args, model_args, tinylora_args):
+        say(line)
     hub = take_hub_options(recipe_args, training_args, model_args)
     repository = None
     if hub is not None and PartialState().is_main_process:
@@ -119,7 +128,7 @@ def main() -> None:
     # --- model
     model = load_model(model_args, training_args.trust_remote_code, training_args.model_init_kwargs)
     training_args.model_init_kwargs = None  # used up: TRL warns when it is given a model and these
-    tinylora = tinylora_config(tinylora_args, model_args.model_revision)
+    peft_config = peft_config_of(recipe_args.method, tinylora_args, model_args)
 
     # --- trainer
     curve = CurveCallback(output_dir / "loss_curve.csv", LOSS_COLUMNS)
@@ -129,17 +138,18 @@ def main() -> None:
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         processing_class=tokenizer,
-        peft_config=tinylora,
+        peft_config=peft_config,
         callbacks=[curve],
     )
-    keep_vector_in_fp32(trainer)
+    prepare(trainer, recipe_args.method, tinylora_args.tinylora_dtype)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(LOSS_PROGRESS))
 
     # --- train
     trained_parameters = count_trained(trainer.model)
-    say(f"{model_args.model_name_or_path}: training {trained_parameters} numbers in fp32, {problems} held out")
-    with trainer.model.disable_adapter():
+    dtypes = trained_dtypes(trainer.model)
+    say(f"{model_args.model_name_or_path}: training {trained_parameters} numbers in {dtypes}, {problems} held out")
+    with without_adapter(trainer.model):
         before, _ = score_both_ways(trainer.model, tokenizer, held_out, recipe_args, recipe_args.max_completion_length)
     if before is None:
         say(NOT_SCORED)
@@ -152,11 +162,9 @@ def main() -> None:
     # --- save
     # Without the wrapper of mixed precision: scored as a later process will score it.
     policy = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    round_vector(policy, tinylora_args.tinylora_save_dtype)
+    finish(policy, recipe_args.method, tinylora_args.tinylora_save_dtype)
     # Before scoring, which takes a while: Ctrl-C must not cost the training.
-    save_adapter(
-        trainer, output_dir, load_tokenizer(model_args, training_args.trust_remote_code), keep=curve.path.name
-    )
+    save(trainer, output_dir, load_tokenizer(model_args, training_args.trust_remote_code), keep=curve.path.name)
     after, answers_sha256 = score_both_ways(
         policy, tokenizer, held_out, recipe_args, recipe_args.max_completion_length
     )
@@ -164,8 +172,6 @@ def main() -> None:
         trainer.end()
     if not PartialState().is_main_process:
         return
-    adapter = describe(output_dir)
-    question = "YOUR PROMPT" if held_out is None else held_out[0]["prompt"]
     score_with = None
     if held_out is not None:
         score_with = score_options(recipe_args, training_args, model_args, recipe_args.max_completion_length)
@@ -174,33 +180,41 @@ def main() -> None:
     draw_curve(curve.path, picture, title, "loss", before, after, is_share=False)
     names = dataset_names(recipe_args, mixture_args)
     command = command_line(training_args.world_size)
-    training = Training(
-        method="SFT",
-        datasets=names,
-        curve="loss",
-        settings=settings_table(recipe_args, training_args, model_args, tinylora_args, trainer.state.max_steps),
-        command=command,
-        has_config_file=write_recipe_file(output_dir, sys.argv, command),
-    )
-    evaluation = evaluation_of(recipe_args, before, after, problems, score_with)
-    facts = Facts(training, evaluation, question, recipe_args.max_completion_length)
-    card = write_card(output_dir, adapter, str(output_dir), facts)
-
-    shown = adapter.numbers[:MOST_SHOWN]
-    print(
-        f"\n{len(adapter.numbers)} trained numbers{':' if shown == adapter.numbers else f', the first {len(shown)}:'}"
-    )
-    for start in range(0, len(shown), 7):
-        print("  " + " ".join(f"{value:+.5f}" for value in shown[start : start + 7]))
+    has_config_file = write_recipe_file(output_dir, sys.argv, command)
+    if recipe_args.method == "tinylora":
+        adapter = describe(output_dir)
+        question = "YOUR PROMPT" if held_out is None else held_out[0]["prompt"]
+        training = Training(
+            method="SFT",
+            datasets=names,
+            curve="loss",
+            settings=settings_table(recipe_args, training_args, model_args, tinylora_args, trainer.state.max_steps),
+            command=command,
+            has_config_file=has_config_file,
+        )
+        evaluation = evaluation_of(recipe_args, before, after, problems, score_with)
+        facts = Facts(training, evaluation, question, recipe_args.max_completion_length)
+        card = write_card(output_dir, adapter, str(output_dir), facts)
+        shown = adapter.numbers[:MOST_SHOWN]
+        print(
+            f"\n{len(adapter.numbers)} trained numbers{':' if shown == adapter.numbers else f', the first {len(shown)}:'}"
+        )
+        for start in range(0, len(shown), 7):
+            print("  " + " ".join(f"{value:+.5f}" for value in shown[start : start + 7]))
     if after is not None:
         print(f"\n{'held out':<12}{'before':>8}{'after':>8}")
         for decoding in after:
             print(f"{decoding:<12}{before[decoding]:>8.1%}{after[decoding]:>8.1%}")
-    adapter_bytes = adapter.sizes_bytes["adapter_model.safetensors"]
-    print(f"\nsaved in {output_dir}: the adapter ({adapter_bytes} bytes), README.md, loss_curve.csv, loss_curve.png")
+    adapter_file = output_dir / "adapter_model.safetensors"
+    adapter_bytes = adapter_file.stat().st_size if adapter_file.exists() else None
+    saved = "the model" if adapter_bytes is None else f"the adapter ({adapter_bytes} bytes)"
+    card_file = "README.md, " if recipe_args.method == "tinylora" else ""
+    print(f"\nsaved in {output_dir}: {saved}, {card_file}loss_curve.csv, loss_curve.png")
     if score_with is not None:
-        print(f"score it again: python trl_recipes/score.py --adapter {shlex.quote(str(output_dir))} {score_with}")
-    print(f"try it:\n\n{use_lines(card)}")
+        what = "--model_name_or_path" if adapter_bytes is None else "--adapter"
+        print(f"score it again: python trl_recipes/score.py {what} {shlex.quote(str(output_dir))} {score_with}")
+    if recipe_args.method == "tinylora":
+        print(f"try it:\n\n{use_lines(card)}")
 
     # --- push
     pushed = failure = None
@@ -212,6 +226,7 @@ def main() -> None:
         for when, values in (("before", before), ("after", after))
     }
     result = {
+        "method": recipe_args.method,
         "trained_parameters": trained_parameters,
         **scores,
         "greedy_answers_sha256": answers_sha256,

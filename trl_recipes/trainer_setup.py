@@ -156,14 +156,14 @@ def keep_vector_in_fp32(trainer: Trainer) -> int:
 
 
 def trained_numbers(model: PeftModel) -> torch.Tensor:
-    """Returns a copy of all v, in the model's order: shape (groups * u,), fp32, on the CPU."""
+    """Returns a copy of all v, in the model's order: shape (groups * u,), fp32, on the CPU; of baselines, shape (0,)."""
     vectors = [
         p.detach().flatten() for name, p in model.named_parameters() if p.requires_grad and "tinylora_v" in name
     ]
-    return torch.cat(vectors).cpu().clone()
+    return torch.cat(vectors).float().cpu().clone() if vectors else torch.zeros(0)
 
 
-def count_trained(model: PeftModel) -> int:
+def count_trained(model: PreTrainedModel | PeftModel) -> int:
     """Counts the numbers that training changes: v, and the modules to save where there are any."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 

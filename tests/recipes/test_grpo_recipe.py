@@ -47,7 +47,7 @@ def run(launch, problem_files, tmp_path_factory) -> Run:
 def test_the_last_line_is_the_result(run):
     result = run.result
     assert set(result) == {
-        *("trained_parameters", "greedy_before", "greedy_after", "sampled_before", "sampled_after"),
+        *("method", "trained_parameters", "greedy_before", "greedy_after", "sampled_before", "sampled_after"),
         *("greedy_answers_sha256", "problems", "grpo_seconds", "total_seconds", "adapter_bytes", "pushed"),
     }
     assert result["trained_parameters"] == 4  # 2 layers of 7 modules, 4 to a number

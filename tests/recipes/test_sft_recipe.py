@@ -69,7 +69,7 @@ def gradient_at_the_start(run: Run, base_folder, solved_file: str) -> torch.Tens
 def test_the_last_line_is_the_result(run):
     result = run.result
     assert set(result) == {
-        *("trained_parameters", "greedy_before", "greedy_after", "sampled_before", "sampled_after"),
+        *("method", "trained_parameters", "greedy_before", "greedy_after", "sampled_before", "sampled_after"),
         *("greedy_answers_sha256", "problems", "sft_seconds", "total_seconds", "adapter_bytes", "pushed"),
     }
     assert result["trained_parameters"] == 4  # 2 layers of 7 modules, 4 to a number

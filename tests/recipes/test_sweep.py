@@ -1,0 +1,208 @@
+"""Sweeps: what runs, what is not run again, what is chosen, and what a kill costs. The recipe is one that takes no time."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from recipes.runs import ROOT
+
+from trl_recipes import sweep as sweep_script
+from trl_recipes.arguments import RecipeError
+
+
+# Solves a share of the problems that its options say; counts its starts.
+RECIPE = """
+    import json, os, sys, time
+    from pathlib import Path
+    import yaml
+    options = yaml.safe_load(Path(sys.argv[2]).read_text())
+    folder = Path(options["output_dir"])
+    with (folder / "starts").open("a") as file:
+        file.write(" ".join(sys.argv[3:]) + "\\n")
+    time.sleep(options.get("seconds", 0))
+    if options.get("fails") and not Path(options["mended"]).exists():
+        (folder / "checkpoint-3").mkdir(exist_ok=True)
+        sys.exit("out of memory")
+    score = options["u"] / 10 - abs(options["learning_rate"] - options["best"]) + options["seed"] / 1000
+    print("a line before it")
+    print(json.dumps({"trained_parameters": options["u"], "greedy_before": 0.1, "greedy_after": score, "sampled_before": 0.1,
+                      "sampled_after": score / 2, "problems": 8, "grpo_seconds": 1.0}))
+"""
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch) -> Path:
+    """A repository of that recipe alone."""
+    (tmp_path / "trl_recipes").mkdir()
+    (tmp_path / "trl_recipes" / "grpo.py").write_text(textwrap.dedent(RECIPE))
+    (tmp_path / "config.yaml").write_text("learning_rate: 0.0\nbest: 0.2\nu: 1\n")
+    monkeypatch.setattr(sweep_script, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write_sweep(root: Path, **values: object) -> None:
+    plain = {"reproduces": "x", "recipe": "grpo", "config": "config.yaml", "seeds": [0, 1]}
+    (root / "sizes.yaml").write_text(yaml.safe_dump(plain | {"points": {"1": {"u": 1}, "4": {"u": 4}}} | values))
+
+
+def run_sweep(monkeypatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--sweeps", "sizes.yaml", "--output_dir", "out", *options])
+    sweep_script.main()
+
+
+def results(root: Path) -> list[dict[str, str]]:
+    with (root / "out" / "sizes" / "results.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def starts(root: Path) -> dict[str, list[str]]:
+    """Folder of a run -> the options of each of its starts."""
+    return {
+        str(path.parent.relative_to(root / "out" / "sizes")): path.read_text().splitlines()
+        for path in sorted((root / "out").rglob("starts"))
+    }
+
+
+def test_the_best_rate_over_the_seeds_is_chosen_for_each_point(root, monkeypatch) -> None:
+    write_sweep(root, learning_rates=[0.1, 0.2, 0.4], points={"1": {"u": 1}, "4": {"u": 4, "best": 0.4}})
+    run_sweep(monkeypatch, "--jobs", "2")
+    rows = results(root)
+    assert len(rows) == 12 and {row["stage"] for row in rows} == {"measure"}
+    chosen = [(row["point"], row["learning_rate"], row["seed"]) for row in rows if row["chosen"] == "True"]
+    assert chosen == [("1", "0.2", "0"), ("1", "0.2", "1"), ("4", "0.4", "0"), ("4", "0.4", "1")]
+    row = next(row for row in rows if row["point"] == "4" and row["chosen"] == "True" and row["seed"] == "1")
+    assert float(row["greedy_after"]) == pytest.approx(0.401) and row["trained_parameters"] == "4"
+    folder = root / "out" / "sizes" / row["folder"]
+    assert json.loads((folder / "result.json").read_text())["greedy_after"] == float(row["greedy_after"])
+    assert yaml.safe_load((folder / "run.yaml").read_text())["learning_rate"] == 0.4
+
+
+def test_of_equal_rates_the_lower_is_chosen(root, monkeypatch) -> None:
+    write_sweep(root, learning_rates=[0.375, 0.125], points={"1": {"u": 1, "best": 0.25}})
+    run_sweep(monkeypatch)
+    assert {row["learning_rate"] for row in results(root) if row["chosen"] == "True"} == {"0.125"}
+
+
+def test_choosing_first_measures_the_chosen_rate_only(root, monkeypatch) -> None:
+    write_sweep(root, learning_rates=[0.1, 0.2], choose={"seeds": [9], "options": {"best": 0.1}})
+    run_sweep(monkeypatch)
+    rows = results(root)
+    assert [row["seed"] for row in rows if row["stage"] == "choose"] == ["9"] * 4
+    assert {(row["learning_rate"], row["chosen"]) for row in rows if row["stage"] == "measure"} == {("0.1", "True")}
+    assert sum(row["stage"] == "measure" for row in rows) == 4
+
+
+def test_what_is_done_is_not_run_again_and_what_failed_goes_on_from_its_checkpoint(root, monkeypatch) -> None:
+    mended = root / "mended"
+    write_sweep(root, points={"1": {"u": 1}, "4": {"u": 4, "fails": True, "mended": str(mended)}})
+    with pytest.raises(
+        RecipeError, match=r"2 runs failed, and the others are kept: sizes 4, seed . *: exit code 1: out of memory"
+    ):
+        run_sweep(monkeypatch)
+    assert [row["point"] for row in results(root)] == ["1", "1"]
+    mended.touch()
+    run_sweep(monkeypatch)
+    fresh = "--overwrite_output_dir true"
+    assert starts(root) == {
+        "1/measure_seed_0": [fresh],
+        "1/measure_seed_1": [fresh],
+        "4/measure_seed_0": [fresh, f"{fresh} --resume_from_checkpoint true"],
+        "4/measure_seed_1": [fresh, f"{fresh} --resume_from_checkpoint true"],
+    }
+    assert [row["point"] for row in results(root)] == ["1", "1", "4", "4"]
+
+
+def test_a_run_of_other_options_in_the_same_folder_is_refused_by_the_option(root, monkeypatch) -> None:
+    write_sweep(root)
+    run_sweep(monkeypatch)
+    write_sweep(root, options={"best": 0.3})
+    with pytest.raises(RecipeError, match=r"holds a run with best: 0.2, and the sweep file now says 0.3: remove"):
+        run_sweep(monkeypatch)
+
+
+def test_tasks_of_a_job_array_are_all_runs_and_the_same_numbers_at_any_time(root, monkeypatch, capsys) -> None:
+    write_sweep(root, learning_rates=[0.1, 0.2], choose={"seeds": [9]})
+    with pytest.raises(
+        RecipeError, match="sizes 1, seed 0: its rate is chosen by runs that are not all done: run those first"
+    ):
+        run_sweep(monkeypatch, "--tasks", "4")
+    for number in (3, 2, 1, 0, 7, 6, 5, 4):
+        run_sweep(monkeypatch, "--tasks", str(number))
+    assert len(results(root)) == 8 and all(len(lines) == 1 for lines in starts(root).values())
+    capsys.readouterr()
+    run_sweep(monkeypatch, "--list")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and all(" done " in line for line in lines)
+    assert lines[0].endswith("sizes 1 at 0.1, seed 9 (choosing)") and lines[7].endswith("sizes 4 at 0.2, seed 1")
+    with pytest.raises(RecipeError, match="tasks=8: there are 8, numbered from 0"):
+        run_sweep(monkeypatch, "--tasks", "8")
+
+
+def test_a_torn_result_cannot_be_there_and_a_last_line_that_is_none_fails(root, monkeypatch) -> None:
+    write_sweep(root, points={"1": {"u": 1}}, seeds=[0])
+    (root / "trl_recipes" / "grpo.py").write_text("print('all went well')")
+    with pytest.raises(RecipeError, match="its last line is no result: all went well"):
+        run_sweep(monkeypatch)
+    assert not list((root / "out").rglob("result.json"))
+
+
+def start_sweep(root: Path, *options: str) -> subprocess.Popen:
+    """Starts a sweep of that repository in a process of its own."""
+    script = "import sys; from pathlib import Path; from trl_recipes import sweep; sweep.ROOT = Path(sys.argv.pop(1)); sweep.main()"
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        script,
+        str(root),
+        "--sweeps",
+        "sizes.yaml",
+        "--output_dir",
+        "out",
+    ]
+    return subprocess.Popen([*command, *options], cwd=root, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_killed_sweep_goes_on_and_no_run_is_there_twice_at_once(root, monkeypatch, how: signal.Signals) -> None:
+    write_sweep(root, options={"seconds": 1.5}, points={"1": {"u": 1}}, seeds=[0, 1])
+    process = start_sweep(root)
+    wait_for(lambda: starts(root))
+    process.send_signal(how)
+    assert process.wait(30) != 0
+    if how is signal.SIGKILL:  # its child lives on, and holds the run
+        with pytest.raises(RecipeError, match="1 runs failed.*seed 0: runs elsewhere at this moment"):
+            run_sweep(monkeypatch)
+        lock = root / "out" / "sizes" / "1" / "measure_seed_0"
+        wait_for(lambda: not is_locked(lock / ".lock"))
+    run_sweep(monkeypatch)
+    assert [row["seed"] for row in results(root)] == ["0", "1"]
+    assert {name: len(lines) for name, lines in starts(root).items()} == {"1/measure_seed_0": 2, "1/measure_seed_1": 1}
+
+
+def is_locked(path: Path) -> bool:
+    import fcntl
+
+    with path.open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
