@@ -25,31 +25,23 @@ SPACES = re.compile(r"(?<!\\)\\[ ,;:]|\\q?quad\b|~|\s+")
 NOTHING = re.compile(
     r"\\!|\\displaystyle|\\(?:left|right)(?![a-zA-Z])|\\(?:[bB]igg?[lr]?)(?![a-zA-Z])|(?<=\d)\\,(?=\d{3})"
 )
-FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|rm|bf|operatorname)\s*\{([^{}]*)\}")
+FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|operatorname)\s*\{([^{}]*)\}")
 DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\N{DEGREE SIGN}|\\degree\b")
 COMMAND = re.compile(r"\\[a-zA-Z]+")
 WORD = re.compile(r"[A-Za-z]{2,}")
-FUNCTIONS = {
-    *(
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "log",
-        "ln",
-        "lg",
-    ),
-    *("exp", "sqrt", "pi", "max", "min", "lim", "mod", "gcd", "lcm", "inf", "frac", "begin", "end"),
-    *("pmatrix", "bmatrix", "matrix", "vmatrix", "array", "cases", "infty", "cup", "cap", "theta", "alpha", "beta"),
+FUNCTIONS = set(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt pi max min lim mod gcd lcm frac begin end "
+    "pmatrix bmatrix matrix vmatrix array cases".split()
+)
+# What models write in Unicode or as in a programming language.
+SPELLINGS = {
+    **{"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{INFINITY}": r"\infty ", "\N{GREEK SMALL LETTER PI}": r"\pi "},
+    **{"\N{SUPERSCRIPT TWO}": "^2", "\N{SUPERSCRIPT THREE}": "^3", "\N{VULGAR FRACTION ONE HALF}": r"\frac{1}{2}"},
+    **{"\N{VULGAR FRACTION ONE QUARTER}": r"\frac{1}{4}", "\N{VULGAR FRACTION THREE QUARTERS}": r"\frac{3}{4}"},
+    **{"{,}": ",", r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\$": "$", r"\%": "%"},
 }
+ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\(([^()]*)\)|(\w+))")
+ABOUT = re.compile(r"^(?:\\approx\b|\\sim\b|\N{ALMOST EQUAL TO}|=)\s*")
 CHOICE = re.compile(r"^[({]?\s*([A-J])\s*[)}]?(?:[.:)]|$)\s*(.*)$", re.DOTALL)
 BRACKETS = {"(": ")]", "[": ")]", r"\{": (r"\}",)}
 AND_OR = re.compile(r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*")
@@ -73,21 +65,25 @@ def answers_agree(found: str, gold: str) -> bool:
     quantity, gold_quantity = read_quantity(plain_found), read_quantity(plain_gold)
     if quantity is not None and gold_quantity is not None:
         return quantity.agrees(gold_quantity)
+    verdict = lists_agree(plain_found, plain_gold)
+    if verdict is not None:
+        return verdict
     if is_words(plain_found) or is_words(plain_gold):
         return words_of(plain_found) == words_of(plain_gold)
-    verdict = lists_agree(found, gold)
-    return expressions_agree(found, gold) if verdict is None else verdict
+    return expressions_agree(found, gold)
 
 
 def normalise(answer: str) -> str:
     """Drops what does not change an answer: dollars and asterisks around it, sizes of brackets, kinds of minus and space."""
-    answer = answer.replace("\N{MINUS SIGN}", "-").replace("\N{EN DASH}", "-").replace("{,}", ",")
-    answer = SPACES.sub(" ", NOTHING.sub("", answer)).strip(" *`").rstrip(".").strip()
+    answer = ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", answer)
+    answer = NOTHING.sub("", answer)
+    for spelling, usual in SPELLINGS.items():
+        answer = answer.replace(spelling, usual)
+    answer = SPACES.sub(" ", answer).strip(" *`").rstrip(".").strip()
     wrapped = WRAPPERS.match(answer)
     if wrapped is not None:
         answer = next(group for group in wrapped.groups() if group is not None).strip().rstrip(".").strip()
-    answer = answer.replace(r"\$", "$").replace(r"\%", "%").replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
-    return DEGREES.sub(r" degrees", answer).strip(" *`")
+    return ABOUT.sub("", DEGREES.sub(" degrees", answer).strip(" *`"))
 
 
 def quantity_of(answer: str) -> Quantity | None:
@@ -205,4 +201,5 @@ def as_latex(answer: str) -> str:
     answer = AND_OR.sub(",", answer)
     answer = re.sub(r"(?<=[^\s,])\s*\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}(?:\s*\^\{?[23]\}?)?$", "", answer)
     answer = re.sub(r"(?<=[\w)}]) ?degrees\b", "", answer)
-    return unwrap(answer).replace("$", "").replace("%", r"\%").replace("**", "^").strip()
+    answer = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", unwrap(answer))
+    return answer.replace("$", "").replace("%", r"\%").replace("**", "^").replace("*", r" \cdot ").strip()

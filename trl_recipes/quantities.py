@@ -162,7 +162,8 @@ def plain_digits(answer: str) -> str:
         return f" {sign}{over}/{under}"
 
     answer = FRACTION.sub(of_fraction, REPEATING.sub(of_repeating, answer))
-    return THOUSANDS.sub(lambda number: number.group().replace(",", ""), answer).strip().rstrip(".")
+    answer = THOUSANDS.sub(lambda number: number.group().replace(",", ""), answer).strip().rstrip(".")
+    return re.sub(r"(?<=\w)\s*\([A-Za-z ]{1,50}\)$", "", answer)  # 18 (eighteen)
 
 
 def read_signed(answer: str) -> tuple[Fraction, str | None, str] | None:
