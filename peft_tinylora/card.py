@@ -102,8 +102,9 @@ class Evaluation:
 
     @property
     def problems_from(self) -> tuple[str, str | None, str | None]:
-        """Which problems they were."""
-        return self.dataset, self.config, self.split
+        """Which problems they were; a file has no config and no split."""
+        on_hub = is_hub_id(self.dataset)
+        return relative(self.dataset), self.config if on_hub else None, self.split if on_hub else None
 
 
 def versions() -> dict[str, str]:

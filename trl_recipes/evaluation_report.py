@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from peft_tinylora.card import Evaluation, add_evaluation
+from peft_tinylora.published import relative
 from trl_recipes.arguments import RecipeError
 from trl_recipes.score_arguments import ScoreArguments
 from trl_recipes.variants import ADAPTER, BASE
@@ -76,6 +77,11 @@ def check_card_can_be_updated(arguments: ScoreArguments) -> None:
         )
     if not arguments.controls:
         raise RecipeError("update_card with controls: false: a card says what the base does too: leave controls out.")
+    if arguments.max_problems is not None:
+        raise RecipeError(
+            f"update_card with max_problems={arguments.max_problems}: who reads a card takes its results for those of the "
+            "whole dataset: leave max_problems out."
+        )
 
 
 def update_card(arguments: ScoreArguments, result: dict, score_options: str) -> None:
@@ -86,17 +92,17 @@ def update_card(arguments: ScoreArguments, result: dict, score_options: str) -> 
     """
 
     def means(variant: str) -> dict[str, float]:
-        return {decoding: levels["strict"]["mean"] for decoding, levels in result["variants"][variant].items()}
+        decodings = result["variants"][variant].items()
+        return {shown_decoding(decoding, result): levels["strict"]["mean"] for decoding, levels in decodings}
 
     evaluation = Evaluation(
-        dataset=arguments.dataset,
+        dataset=relative(arguments.dataset),
         config=arguments.dataset_config,
         split=arguments.dataset_split,
         problems=result["problems"],
         before=means(BASE),
         after=means(ADAPTER),
         score_options=score_options,
-        is_whole=arguments.max_problems is None,
         table=explained(result),
     )
     add_evaluation(Path(arguments.adapter), evaluation)

@@ -278,36 +278,49 @@ def test_results_go_into_the_card_and_stay_there(
     shutil.copytree(adapter, folder)
     (folder / "README.md").unlink(missing_ok=True)
     options = ("--adapter", str(folder), "--model_name_or_path", str(tiny_model_dir), "--dataset", str(file_of_sums))
-    for most in ("10", "20"):
-        result = run_script(capsys, monkeypatch, *options, "--update_card", "true", "--max_problems", most)
+    for most in ("3", "6"):
+        update = ("--update_card", "true", "--samples", "2", "--max_completion_length", most)
+        result = run_script(capsys, monkeypatch, *options, *update)
     text = (folder / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---\n")[1])
     [entry] = metadata["model-index"][0]["results"]
-    assert entry["metrics"][0]["value"] == round(result["greedy"], 4)
-    assert text.count("| adapter - base | greedy |") == 1 and "20 problems" in text and "10 problems" not in text
-    assert "--max_problems 20" in text and "{{" not in text
+    assert [metric["value"] for metric in entry["metrics"]] == [
+        round(result["variants"]["adapter"][decoding]["strict"]["mean"], 4) for decoding in ("greedy", "samples")
+    ]
+    assert [metric["name"] for metric in entry["metrics"]] == [
+        "accuracy, greedy",
+        "accuracy, 2 samples, temperature 1, top-p 1",
+    ]
+    assert text.count("| adapter - base | greedy |") == 1
+    assert "--samples 2" in text and "--max_completion_length 6" in text and "{{" not in text
     facts = read_facts(folder, describe(folder))
-    assert [each.problems for each in facts.more] == [20]
+    assert [each.after["greedy"] for each in facts.more] == [result["greedy"]]
 
     # somebody's own card keeps its text, and another result
     (folder / FACTS_FILE).unlink()
     own = text.split("---\n")[0] + "---\nlicense: mit\n---\n# Mine\n"
     (folder / "README.md").write_text(own)
-    run_script(capsys, monkeypatch, *options, "--update_card", "true", "--max_problems", "10")
-    run_script(capsys, monkeypatch, *options, "--update_card", "true", "--max_problems", "10")
+    for _ in range(2):
+        run_script(capsys, monkeypatch, *options, "--update_card", "true")
     text = (folder / "README.md").read_text()
     assert text.endswith("# Mine\n")
     metadata = yaml.safe_load(text.split("---\n")[1])
     assert metadata["license"] == "mit" and len(metadata["model-index"][0]["results"]) == 1
 
 
-def test_what_a_card_cannot_take_is_refused_before_anything_runs(tiny_model_dir, capsys, monkeypatch) -> None:
-    for options, said in (
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
         (("--adapter", "some/id"), "is no folder here"),
-        (("--model_name_or_path", str(tiny_model_dir)), "is no folder here"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            run_script(capsys, monkeypatch, *options, "--update_card", "true", "--dataset", "missing.jsonl")
+        ((), "is no folder here"),
+        (("--adapter", "{adapter}", "--controls", "false"), "with controls: false"),
+        (("--adapter", "{adapter}", "--max_problems", "5"), "with max_problems=5"),
+    ],
+)
+def test_what_a_card_cannot_take_is_refused_before_anything_runs(adapter, options, said, capsys, monkeypatch) -> None:
+    options = [option.format(adapter=adapter) for option in options]
+    with pytest.raises(RecipeError, match=said):
+        run_script(capsys, monkeypatch, *options, "--update_card", "true", "--dataset", "missing.jsonl")
 
 
 def test_servers_are_sent_the_adapter_zeros_and_the_bases_name(
