@@ -75,10 +75,12 @@ class AnswerLog:
             raise RecipeError(f"output_dir: cannot write {folder / FILE}: {error.strerror}.") from error
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
-        except OSError as error:
+        except BlockingIOError as error:
             raise RecipeError(
                 f"{folder / FILE} is being written by another score.py: wait, or name another output_dir."
             ) from error
+        except OSError:  # a file system without locks
+            pass
         self._read(folder / FILE, settings)
 
     def _read(self, path: Path, settings: dict[str, object]) -> None:

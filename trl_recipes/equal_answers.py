@@ -1,7 +1,7 @@
 r"""Two bare answers -> whether they are equal.
 
 Read in turn, and the first that can read both decides: as text, as quantities (an exact fraction, and a unit where one is
-given), as words, as lists, and as LaTeX by math_verify (latex.py). Nothing is rounded here: 0.33 is not 1/3.
+given), as words, as lists, and as LaTeX by math_verify (latex_equality.py). Nothing is rounded here: 0.33 is not 1/3.
 
     a unit       may be missing on one side (GSM8K's answers are bare numbers): "72 apples" and "$72" are 72. Two units of
                  one kind are converted, 1 hour is 60 minutes, and 5 cm is not 5 m.
@@ -12,7 +12,7 @@ given), as words, as lists, and as LaTeX by math_verify (latex.py). Nothing is r
 import re
 from dataclasses import replace
 
-from trl_recipes.latex import latex_agrees
+from trl_recipes.latex_equality import latex_agrees
 from trl_recipes.quantities import Quantity, read_quantity
 
 

@@ -1,4 +1,4 @@
-"""The other process of latex.py: pairs of LaTeX answers on stdin, a verdict each on stdout, as lines of JSON.
+"""The other process of latex_equality.py: pairs of LaTeX answers on stdin, a verdict each on stdout, as lines of JSON.
 
 Started as a file, so that it imports math_verify and nothing of this package: it is up in a second. A pair that takes too
 long or too much memory ends it: the kernel stops it inside a C function too, such as the power of two large integers,

@@ -53,7 +53,7 @@ from trl_recipes.evaluation_report import check_card_can_be_updated, update_card
 from trl_recipes.problems import load_rows, to_problems  # noqa: E402
 from trl_recipes.rewards import exact_match_reward  # noqa: E402
 from trl_recipes.score_arguments import ScoreArguments  # noqa: E402
-from trl_recipes.trainer_setup import hide_known_noise, load_tokenizer  # noqa: E402
+from trl_recipes.trainer_setup import hide_known_noise, load_tokenizer, quantization_of  # noqa: E402
 from trl_recipes.variants import (  # noqa: E402
     Sampling,
     load_for_scoring,
@@ -245,7 +245,8 @@ def main() -> None:
     settings = {
         "model": model_args.model_name_or_path,
         "model_revision": model_args.model_revision,
-        "quantization": {"load_in_4bit": model_args.load_in_4bit, "load_in_8bit": model_args.load_in_8bit},
+        "quantization": quantization_of(model_args),
+        "attn_implementation": model_args.attn_implementation,
         "adapter": arguments.adapter,
         "adapter_sha256": digest_of_adapter(arguments.adapter),
         "basis": arguments.basis,
