@@ -7,6 +7,7 @@ A row's reward or loss is that of the v before the step; its v is the one after 
 """
 
 import csv
+import os
 from pathlib import Path
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -67,20 +68,25 @@ class CurveCallback(TrainerCallback):
             return
         kept = []
         if state.global_step > 0 and self.path.exists():
-            kept = [row for row in read_rows(self.path) if int(row["step"]) <= state.global_step]
+            rows = [row for row in read_rows(self.path) if None not in row.values()]  # but one that was cut short
+            kept = [row for row in rows if int(row["step"]) <= state.global_step]
         size = trained_numbers(kwargs["model"]).numel()
         values = [f"v_{i}" for i in range(size)] if size <= MOST_VALUES else []
         norm = ["v_norm"] if size else []
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("w", newline="")
+        # Not in place: a run that is killed here must not lose the rows that it would have kept.
+        temporary = self.path.with_name(f".{self.path.name}")
+        self.file = temporary.open("w", newline="")
         self.writer = csv.DictWriter(self.file, ["step", *self.columns, *norm, *values])
         self.writer.writeheader()
         self.writer.writerows(kept)
         self.file.flush()
+        os.replace(temporary, self.path)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         logs = kwargs["logs"]
-        if self.file is None or self.main not in logs:  # the summary at the end, and those of evaluations
+        # No row for the summary at the end, which a run that is resumed after its last step logs again, and evaluations.
+        if self.file is None or self.main not in logs or "train_runtime" in logs:
             return
         v = trained_numbers(kwargs["model"])
         row = {"step": state.global_step} | {column: logs.get(key) for column, key in self.columns.items()}

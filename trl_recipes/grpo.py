@@ -10,6 +10,9 @@ Leaves in `output_dir`: the adapter (adapter_model.safetensors, adapter_config.j
 recipe.yaml (what was set), reward_curve.csv and reward_curve.png. With `push_to_hub: true` and `hub_model_id` they go to the
 Hub, as one commit. The last line of stdout is one JSON object with the result.
 
+With `save_steps`, a run that was killed at any point goes on by `resume_from_checkpoint: true`, and ends with the same numbers
+(resuming.py).
+
 parse -> data -> model -> trainer -> train -> save -> push
 """
 
@@ -75,6 +78,7 @@ from trl_recipes.problems import (  # noqa: E402
     to_prompts,
 )
 from trl_recipes.publishing import evaluation_of, push_result, take_hub_options, write_recipe_file  # noqa: E402
+from trl_recipes.resuming import resumable  # noqa: E402
 from trl_recipes.rewards import check_rewards, load_rewards  # noqa: E402
 from trl_recipes.rollouts import make_rollouts, weigh_by_importance  # noqa: E402
 from trl_recipes.score import score_both_ways, score_options  # noqa: E402
@@ -102,7 +106,7 @@ def main() -> None:
     refuse_rounding_options(training_args)
     output_dir = Path(training_args.output_dir)
     say = PartialState().print  # on the main process only
-    finished = finished_in(output_dir)
+    finished = finished_in(output_dir, training_args.resume_from_checkpoint)
     if finished is not None:
         if not recipe_args.overwrite_output_dir:
             raise RecipeError(
@@ -137,12 +141,12 @@ def main() -> None:
     # --- model
     model = load_model(model_args, training_args.trust_remote_code, training_args.model_init_kwargs)
     training_args.model_init_kwargs = None  # used up: TRL warns when it is given a model and these
-    peft_config = peft_config_of(recipe_args.method, tinylora_args, model_args)
+    peft_config = peft_config_of(recipe_args.method, tinylora_args, model_args, model)
 
     # --- trainer
     rollouts = make_rollouts(recipe_args, training_args, model_args, tinylora_args)
     curve = CurveCallback(output_dir / "reward_curve.csv", REWARD_COLUMNS)
-    trainer = GRPOTrainer(
+    trainer = resumable(GRPOTrainer)(
         model=model,
         reward_funcs=list(rewards.values()),
         args=training_args,
@@ -160,6 +164,8 @@ def main() -> None:
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(REWARD_PROGRESS))
 
+    checkpoint = trainer.checkpoint_to_resume()
+
     # --- train
     trained_parameters = count_trained(trainer.model)
     dtypes = trained_dtypes(trainer.model)
@@ -173,7 +179,7 @@ def main() -> None:
     else:
         say(f"before: greedy {before['greedy']:.1%}, sampled {before['sampled']:.1%}")
     started = time.time()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     grpo_seconds = time.time() - started
 
     # --- save

@@ -28,6 +28,7 @@ from trl import ModelConfig, get_peft_config
 from peft_tinylora.adapter_files import ADAPTER_FILES, WEIGHTS_FILE
 from peft_tinylora.card import FACTS_FILE
 from peft_tinylora.hub import REPORT_FILES
+from peft_tinylora.targets import find_targets
 from peft_tinylora.weight import keep_differentiable
 from trl_recipes import lora_xs
 from trl_recipes.arguments import (
@@ -98,23 +99,42 @@ def remarks(recipe_args: RecipeArguments, model_args: ModelConfig, tinylora_args
     return lines
 
 
-def peft_config_of(method: str, tinylora_args: TinyLoraArguments, model_args: ModelConfig) -> PeftConfig | None:
+def peft_config_of(
+    method: str, tinylora_args: TinyLoraArguments, model_args: ModelConfig, model: PreTrainedModel
+) -> PeftConfig | None:
     """
-    Builds the config of the adapter; `None` for full fine-tuning.
+    Builds the config of the adapter for a base model; `None` for full fine-tuning.
 
     Raises:
-        RecipeError: with the config's own words where a value is not allowed.
+        RecipeError: with the config's own words where a value is not allowed, or where it adapts nothing.
     """
     if method == "full":
         return None
     if method == "tinylora":
-        return tinylora_config(tinylora_args, model_args.model_revision)
+        config = tinylora_config(tinylora_args, model_args.model_revision)
+    else:
+        config = lora_config(method, model_args)
+    if not find_targets(model, config):
+        name = "tinylora_target_modules" if method == "tinylora" else "lora_target_modules"
+        raise RecipeError(
+            f"{name}={config.target_modules!r}: the model has no such module; all-linear adapts all linear ones."
+        )
+    return config
+
+
+def lora_config(method: str, model_args: ModelConfig) -> PeftConfig:
+    """
+    Builds the config of a LoRA from TRL's options, for `"lora"` and for `"lora-xs"`, which has no scale.
+
+    Raises:
+        RecipeError: with the config's own words where a value is not allowed.
+    """
     targets = model_args.lora_target_modules
     if targets is None and model_args.lora_target_parameters is None:
         targets = "all-linear"
     options = {"use_peft": True, "lora_target_modules": targets}
     if method == "lora-xs":
-        options["lora_alpha"] = model_args.lora_r  # U S R V^T has no scale
+        options["lora_alpha"] = model_args.lora_r
     try:
         config = get_peft_config(replace(model_args, **options))
     except ValueError as error:
@@ -171,8 +191,15 @@ def finish(model: PreTrainedModel | PeftModel, method: str, tinylora_save_dtype:
         lora_xs.fold(model)
 
 
-def finished_in(output_dir: Path) -> str | None:
-    """What an earlier run left in a folder: "adapter", "model", or `None`."""
+def finished_in(output_dir: Path, resume_from_checkpoint: str | bool | None) -> str | None:
+    """
+    What a run must not replace unasked in a folder: "adapter", "model", or `None`.
+
+    Not what a run left that was killed between saving it and drawing its curve, where this run goes on from a checkpoint.
+    """
+    goes_on = str(resume_from_checkpoint).lower() not in ("none", "false")
+    if goes_on and not any(output_dir.glob("*_curve.png")):
+        return None
     if (output_dir / WEIGHTS_FILE).exists():
         return "adapter"
     return "model" if any(output_dir.glob(MODEL_WEIGHTS)) else None

@@ -7,6 +7,7 @@ Leaves: a `datasets.Dataset` (or a stream) with "prompt" (a string, or a list of
 - for SFT "completion", or rows in one of TRL's own formats as they are (`to_examples`).
 """
 
+import re
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
@@ -19,6 +20,7 @@ from trl_recipes.arguments import ProblemArguments, RecipeArguments, RecipeError
 QUESTION = "{question}"
 RAW = "raw_question"  # a name of its own, because map keeps the type of a column that keeps its name
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/]+)/(.+)")
 
 NOT_SCORED = (
     "no held-out problems, so nothing is scored: set eval_dataset_name to rows with a question_column and an "
@@ -37,7 +39,8 @@ def load_rows(
 
     Args:
         name (`str`):
-            A file (told by its ending), or anything that [`~datasets.load_dataset`] takes: a Hub id, a folder.
+            A file (told by its ending), or anything that [`~datasets.load_dataset`] takes: a Hub id, a folder. One file
+            of a dataset on the Hub, for one without configurations, is `hf://datasets/OWNER/NAME/PATH`.
         config (`str`, *optional*):
             The dataset's configuration, such as `main` for `openai/gsm8k`. A file has none.
         split (`str`, *optional*, defaults to `"train"`):
@@ -48,12 +51,15 @@ def load_rows(
     Raises:
         RecipeError: if the file, the dataset, its configuration or its split does not exist.
     """
+    hub_file = HUB_FILE.fullmatch(name)
     file_format = FILE_FORMATS.get(Path(name).suffix)
-    if file_format is not None:
+    if file_format is not None and hub_file is None:
         if not Path(name).is_file():
             raise RecipeError(f"no dataset file {name!r} (looked from {Path.cwd()}): check the path.")
         return load_dataset(file_format, data_files=name, split="train", streaming=streaming)
     try:
+        if hub_file is not None:
+            return load_dataset(hub_file[1], data_files=hub_file[2], split="train", streaming=streaming)
         return load_dataset(name, config, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise RecipeError(f"cannot load split {split!r} of dataset {name!r}: {first_line(error)}") from error

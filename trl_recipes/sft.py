@@ -10,6 +10,9 @@ Leaves in `output_dir`: the adapter (adapter_model.safetensors, adapter_config.j
 recipe.yaml (what was set), loss_curve.csv and loss_curve.png. With `push_to_hub: true` and `hub_model_id` they go to the
 Hub, as one commit. The last line of stdout is one JSON object with the result.
 
+With `save_steps`, a run that was killed at any point goes on by `resume_from_checkpoint: true`, and ends with the same numbers
+(resuming.py).
+
 parse -> data -> model -> trainer -> train -> save -> push
 """
 
@@ -73,6 +76,7 @@ from trl_recipes.problems import (  # noqa: E402
     to_examples,
 )
 from trl_recipes.publishing import evaluation_of, push_result, take_hub_options, write_recipe_file  # noqa: E402
+from trl_recipes.resuming import resumable  # noqa: E402
 from trl_recipes.score import score_both_ways, score_options  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     count_trained,
@@ -96,7 +100,7 @@ def main() -> None:
     refuse_quantization_options(model_args)
     output_dir = Path(training_args.output_dir)
     say = PartialState().print  # on the main process only
-    finished = finished_in(output_dir)
+    finished = finished_in(output_dir, training_args.resume_from_checkpoint)
     if finished is not None:
         if not recipe_args.overwrite_output_dir:
             raise RecipeError(
@@ -128,11 +132,11 @@ def main() -> None:
     # --- model
     model = load_model(model_args, training_args.trust_remote_code, training_args.model_init_kwargs)
     training_args.model_init_kwargs = None  # used up: TRL warns when it is given a model and these
-    peft_config = peft_config_of(recipe_args.method, tinylora_args, model_args)
+    peft_config = peft_config_of(recipe_args.method, tinylora_args, model_args, model)
 
     # --- trainer
     curve = CurveCallback(output_dir / "loss_curve.csv", LOSS_COLUMNS)
-    trainer = SFTTrainer(
+    trainer = resumable(SFTTrainer)(
         model=model,
         args=training_args,
         train_dataset=train_dataset,
@@ -145,6 +149,8 @@ def main() -> None:
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(LOSS_PROGRESS))
 
+    checkpoint = trainer.checkpoint_to_resume()
+
     # --- train
     trained_parameters = count_trained(trainer.model)
     dtypes = trained_dtypes(trainer.model)
@@ -156,7 +162,7 @@ def main() -> None:
     else:
         say(f"before: greedy {before['greedy']:.1%}, sampled {before['sampled']:.1%}")
     started = time.time()
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     sft_seconds = time.time() - started
 
     # --- save

@@ -14,12 +14,7 @@ sweep files -> runs -> processes -> result.json of each -> results.csv of each s
 """
 
 import csv
-import fcntl
 import io
-import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -29,20 +24,27 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from statistics import mean
 
-import yaml
 from tqdm import tqdm
 from trl import ModelConfig
 
-from trl_recipes.arguments import RecipeArguments, RecipeError, TinyLoraArguments, parse
+from trl_recipes.arguments import METHODS, RecipeArguments, RecipeError, TinyLoraArguments, parse
 from trl_recipes.sweep_file import Run, Sweep, load_sweep
+from trl_recipes.sweep_run import Failure, Processes, is_done, read_result, run_one, write_atomically
 
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIG, LOG, RESULT, LOCK = "run.yaml", "log.txt", "result.json", ".lock"
 USAGE = "sweep.py --sweeps FILE.yaml [FILE.yaml ...] [--jobs N] [--list] [--tasks N ...]   (--help lists every option)"
 SCORES = ("greedy_before", "greedy_after", "sampled_before", "sampled_after")
-# What tells the points of the figures apart; a config that does not set one has the recipe's default.
-OPTIONS = ("method", "lora_r", *(f"tinylora_{name}" for name in ("r", "u", "tie", "n_tie", "dtype")))
+COLUMNS = (
+    *("sweep", "point", "stage", "learning_rate", "seed", "chosen", "trained_parameters"),
+    *(*SCORES, "problems", "seconds", "folder"),
+)
+# What tells the points of the figures apart, by the methods that read it.
+OPTIONS = {
+    "method": METHODS,
+    "lora_r": ("lora", "lora-xs"),
+    **{f"tinylora_{name}": ("tinylora",) for name in ("r", "u", "tie", "n_tie", "dtype")},
+}
 
 
 @dataclass
@@ -93,7 +95,7 @@ def main() -> None:
     if arguments.list:
         for number, (sweep, run) in enumerate(numbered(sweeps, folder)):
             where = folder / sweep.name / run.folder if isinstance(run, Run) else None
-            done = where is not None and (where / RESULT).exists()
+            done = where is not None and is_done(sweep, run, where)
             print(f"{number:>5}  {'done' if done else '    '}  {run}")
         return
 
@@ -164,23 +166,24 @@ def chosen_rates(sweep: Sweep, folder: Path) -> dict[str, float | None]:
 
 def run_all(tasks: list[tuple[Sweep, Run]], folder: Path, arguments: SweepArguments) -> list[str]:
     """Runs what is not done, some at a time, and returns a line for each that failed."""
-    todo = [task for task in tasks if not is_done(task[1], folder / task[0].name / task[1].folder)]
+    todo = [(sweep, run) for sweep, run in tasks if not is_done(sweep, run, folder / sweep.name / run.folder)]
     failed = []
-    with Processes() as processes, ThreadPoolExecutor(arguments.jobs) as pool:
+    with Processes(ROOT) as processes, ThreadPoolExecutor(arguments.jobs) as pool:
         bar = tqdm(total=len(tasks), initial=len(tasks) - len(todo), desc="runs", disable=not todo)
 
         def one(sweep: Sweep, run: Run) -> None:
             started = time.time()
             where = folder / sweep.name / run.folder
-            failure = run_one(sweep, run, where, arguments.accelerate_config, processes)
-            if failure is None:
+            try:
+                run_one(sweep, run, where, arguments.accelerate_config, processes)
+            except Failure as failure:
+                failed.append(f"{run}: {failure}")
+                bar.write(f"FAILED {run}: {failure}")
+            else:
                 result = read_result(where)
                 scores = " -> ".join("?" if result[s] is None else f"{result[s]:.1%}" for s in SCORES[:2])
                 bar.write(f"{run}: {result['trained_parameters']} numbers, {scores} ({time.time() - started:.0f} s)")
                 write_results(sweep, folder)
-            else:
-                failed.append(f"{run}: {failure}")
-                bar.write(f"FAILED {run}: {failure}")
             bar.update()
 
         futures = [pool.submit(one, *task) for task in todo]
@@ -197,101 +200,7 @@ def run_all(tasks: list[tuple[Sweep, Run]], folder: Path, arguments: SweepArgume
     return failed
 
 
-def is_done(run: Run, where: Path) -> bool:
-    """Says whether a run is finished; raises [`RecipeError`] where its folder holds one of another config."""
-    path = where / CONFIG
-    if not path.exists():
-        return False
-    there = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    there.pop("output_dir", None)
-    differing = sorted(str(key) for key in there.keys() | run.options.keys() if there.get(key) != run.options.get(key))
-    if differing:
-        key = differing[0]
-        raise RecipeError(
-            f"{where} holds a run with {key}: {there.get(key)!r}, and the sweep file now says {run.options.get(key)!r}: "
-            "remove that folder, or rename the sweep."
-        )
-    return (where / RESULT).exists()
-
-
-class Processes:
-    """The child processes that run now, so that none is left behind; a context in which SIGTERM raises SystemExit."""
-
-    def __init__(self) -> None:
-        self.running: set[subprocess.Popen] = set()
-        self.stopped = False
-
-    def __enter__(self) -> "Processes":
-        self.before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGTERM, self.before)
-
-    def run(self, command: list[str], log: Path, lock: int) -> int | None:
-        """Runs a command to its end, output to `log`; returns its exit code, `None` if it was not started."""
-        if self.stopped:
-            return None
-        with log.open("w", encoding="utf-8") as output:
-            # The lock goes with the child: it is held as long as that lives, also where this process is killed.
-            child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, pass_fds=[lock])
-        self.running.add(child)
-        try:
-            return child.wait()
-        finally:
-            self.running.discard(child)
-
-    def stop(self) -> None:
-        """Ends what runs, and lets nothing more start."""
-        self.stopped = True
-        for child in list(self.running):
-            child.terminate()
-
-
-def run_one(sweep: Sweep, run: Run, where: Path, accelerate_config: str | None, processes: Processes) -> str | None:
-    """Runs one recipe in its folder; returns why it failed, `None` where it did not."""
-    where.mkdir(parents=True, exist_ok=True)
-    with (where / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return "runs elsewhere at this moment"
-        if is_done(run, where):
-            return None
-        options = dict(run.options) | {"output_dir": str(where)}
-        write_atomically(where / CONFIG, yaml.safe_dump(options, sort_keys=False))
-        log = where / LOG
-        more = ["--overwrite_output_dir", "true"]  # an adapter without a result is that of a killed run
-        if any(where.glob("checkpoint-*")):
-            more += ["--resume_from_checkpoint", "true"]
-        recipe = [f"trl_recipes/{sweep.recipe}.py", "--config", str((where / CONFIG).resolve()), *more]
-        start = [sys.executable, "-W", "ignore"]
-        if accelerate_config is not None:
-            start = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", accelerate_config]
-        code = processes.run([*start, *recipe], log, lock.fileno())
-        if code is None:
-            return "not started"
-        lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        last = lines[-1].strip() if lines else "no output"
-        if code:
-            return f"exit code {code}: {last[:300]} ({log})"
-        try:
-            result = json.loads(last)
-        except json.JSONDecodeError:
-            return f"its last line is no result: {last[:300]} ({log})"
-        write_atomically(where / RESULT, json.dumps(result))
-    return None
-
-
 # --- results
-
-
-def read_result(where: Path) -> dict | None:
-    """Reads a finished run's result; `None` where there is none."""
-    try:
-        return json.loads((where / RESULT).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
 
 
 def write_results(sweep: Sweep, folder: Path) -> tuple[Path, int]:
@@ -305,7 +214,8 @@ def write_results(sweep: Sweep, folder: Path) -> tuple[Path, int]:
     defaults = {f.name: f.default for kind in (RecipeArguments, TinyLoraArguments, ModelConfig) for f in fields(kind)}
     rows = []
     for run in [*sweep.first_runs(), *known_runs(sweep, rates)]:
-        result = read_result(folder / sweep.name / run.folder)
+        where = folder / sweep.name / run.folder
+        result = read_result(where)
         if result is None:
             continue
         of_run = {
@@ -321,24 +231,21 @@ def write_results(sweep: Sweep, folder: Path) -> tuple[Path, int]:
             "seconds": result[f"{sweep.recipe}_seconds"],
             "folder": run.folder,
         }
-        options = {f"option:{name}": run.options.get(name, defaults.get(name)) for name in OPTIONS}
-        rows.append(of_run | options | {"reported": sweep.reported.get(run.point)})
+        options = {name: run.options.get(name, defaults[name]) for name in OPTIONS}
+        of_run |= {f"option:{name}": options[name] for name in OPTIONS if options["method"] in OPTIONS[name]}
+        scored = {name: read_result(where, f"{name}.json") for name in sweep.evaluate}
+        of_run |= {f"benchmark:{name}": found["greedy"] for name, found in scored.items() if found is not None}
+        rows.append(of_run | {"reported": sweep.reported.get(run.point)})
     path = folder / sweep.name / "results.csv"
     if rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = io.StringIO()
-        writer = csv.DictWriter(lines, list(rows[0]), lineterminator="\n")
+        more = [*(f"option:{name}" for name in OPTIONS), *(f"benchmark:{name}" for name in sweep.evaluate)]
+        writer = csv.DictWriter(lines, [*COLUMNS, *more, "reported"], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_atomically(path, lines.getvalue())
     return path, len(rows)
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file that is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

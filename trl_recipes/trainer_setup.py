@@ -218,6 +218,9 @@ def save_adapter(
             (output_dir / name).unlink(missing_ok=True)
             if changed and (temporary / name).exists():
                 os.replace(temporary / name, output_dir / name)
+        (output_dir / ADAPTER_FILES[-1]).unlink(
+            missing_ok=True
+        )  # a kill must not leave these weights with the new config
         for name in ADAPTER_FILES:
             os.replace(temporary / name, output_dir / name)
         shutil.rmtree(temporary)

@@ -1,5 +1,6 @@
 """callbacks.py: the CSV against logs made by hand, the picture against its own bytes."""
 
+import csv
 import math
 
 import pytest
@@ -122,6 +123,37 @@ def test_a_new_run_starts_anew_and_a_resumed_one_goes_on(tmp_path):
     assert [(row["step"], float(row["reward"])) for row in read_rows(path)] == [("1", 0.1), ("2", 0.2), ("3", 0.9)]
     start(CurveCallback(path, REWARD_COLUMNS), model)
     assert read_rows(path) == []
+
+
+def test_a_row_that_a_kill_cut_short_is_not_kept(tmp_path):
+    model, path = Model(), tmp_path / "c.csv"
+    callback = CurveCallback(path, REWARD_COLUMNS)
+    state = start(callback, model)
+    for step in range(1, 12):
+        log(callback, state, model, step, logs(step / 100))
+    text = path.read_text()
+    whole_rows = text.rindex("\n11,") + 1
+    path.write_text(text[: whole_rows + 1])  # of the row of step 11, "1" is left
+    start(CurveCallback(path, REWARD_COLUMNS), model, step=10)
+    assert path.read_bytes() == text[:whole_rows].encode().replace(b"\n", b"\r\n")
+
+
+def test_a_kill_while_the_rows_to_keep_are_written_loses_none(tmp_path, monkeypatch):
+    model, path = Model(), tmp_path / "c.csv"
+    callback = CurveCallback(path, REWARD_COLUMNS)
+    log(callback, start(callback, model), model, 1, logs(0.5))
+    before = path.read_text()
+    monkeypatch.setattr(csv.DictWriter, "writerows", lambda self, rows: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        start(CurveCallback(path, REWARD_COLUMNS), model, step=1)
+    assert path.read_text() == before
+
+
+def test_the_summary_at_the_end_makes_no_row(tmp_path):
+    """A run that is resumed after its last step logs it a second time."""
+    model, callback = Model(), CurveCallback(tmp_path / "c.csv", REWARD_COLUMNS)
+    log(callback, start(callback, model), model, 10, logs(0.5) | {"train_runtime": 3.0})
+    assert read_rows(callback.path) == []
 
 
 def test_only_the_main_process_writes(tmp_path):

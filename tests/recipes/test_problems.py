@@ -106,6 +106,20 @@ def test_a_missing_folder_is_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_one_file_of_a_dataset_on_the_hub_that_has_no_configurations(monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        raise ConnectionError("Couldn't reach the Hub\nRetry")
+
+    monkeypatch.setattr("trl_recipes.problems.load_dataset", load_dataset)
+    with pytest.raises(RecipeError, match=r"dataset 'hf://datasets/a/b/hard/train.parquet': Couldn't reach the Hub$"):
+        load_rows("hf://datasets/a/b/hard/train.parquet", split="test")
+    # A file is one split, which datasets calls train.
+    assert asked == [(("a/b",), {"data_files": "hard/train.parquet", "split": "train", "streaming": False})]
+
+
 def test_training_and_held_out_files(problem_files):
     train_file, held_out_file = map(str, problem_files)
     arguments = RecipeArguments(dataset_name=train_file, eval_dataset_name=held_out_file)

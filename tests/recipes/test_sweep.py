@@ -155,6 +155,51 @@ def test_a_torn_result_cannot_be_there_and_a_last_line_that_is_none_fails(root, 
     assert not list((root / "out").rglob("result.json"))
 
 
+SCORER = """
+    import json, sys
+    from pathlib import Path
+    options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+    with (Path(options["--output_dir"]).parent / "scored").open("a") as file:
+        file.write(json.dumps(options) + "\\n")
+    if not Path("mended").exists() and options["--benchmark"] == "aime24":
+        sys.exit("no such set")
+    print(json.dumps({"greedy": 0.25}))
+"""
+
+
+def test_measured_runs_are_scored_on_the_benchmarks_and_a_failure_there_costs_no_training(root, monkeypatch) -> None:
+    (root / "trl_recipes" / "score.py").write_text(textwrap.dedent(SCORER))
+    options = {"dtype": "bfloat16", "load_in_4bit": True, "score_batch_size": 8, "max_completion_length": 77}
+    points = {"1": {"u": 1}, "9": {"u": 9, "method": "full"}}
+    choose = {"seeds": [9]}
+    write_sweep(root, options=options, points=points, seeds=[0], evaluate=["math500", "aime24"], choose=choose)
+    with pytest.raises(RecipeError, match="2 runs failed.*exit code 1: no such set"):
+        run_sweep(monkeypatch)
+    (root / "mended").touch()
+    run_sweep(monkeypatch)
+    assert {name: len(lines) for name, lines in starts(root).items()} == {
+        f"{point}/{stage}": 1 for point in "19" for stage in ("choose_seed_9", "measure_seed_0")
+    }
+    measured = [row for row in results(root) if row["stage"] == "measure"]
+    assert [(row["benchmark:math500"], row["benchmark:aime24"]) for row in measured] == [("0.25", "0.25")] * 2
+    where = Path("out") / "sizes" / "1" / "measure_seed_0"
+    scored = [json.loads(line) for line in (root / where / "scored").read_text().splitlines()]
+    assert [options["--benchmark"] for options in scored] == ["math500", "aime24", "aime24"]
+    assert scored[0] == {
+        "--adapter": str(where),
+        "--benchmark": "math500",
+        "--output_dir": str(where / "math500"),
+        "--dtype": "bfloat16",
+        "--load_in_4bit": "True",
+        "--max_completion_length": "77",
+        "--batch_size": "8",
+    }
+    full = json.loads((root / "out" / "sizes" / "9" / "measure_seed_0" / "scored").read_text().splitlines()[0])
+    assert (
+        full["--model_name_or_path"] == str(Path("out") / "sizes" / "9" / "measure_seed_0") and "--adapter" not in full
+    )
+
+
 def start_sweep(root: Path, *options: str) -> subprocess.Popen:
     """Starts a sweep of that repository in a process of its own."""
     script = "import sys; from pathlib import Path; from trl_recipes import sweep; sweep.ROOT = Path(sys.argv.pop(1)); sweep.main()"

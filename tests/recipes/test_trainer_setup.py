@@ -1,6 +1,7 @@
 """trainer_setup.py: the cast that TRL makes, undone; the adapter's folder, whole at any moment."""
 
 import copy
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -181,6 +182,25 @@ def test_the_folder_holds_the_old_adapter_or_the_new_one(tmp_path, tokenizer, in
     text = "old" if interrupted else "new"
     assert (tmp_path / "adapter_config.json").read_text() == text
     assert (tmp_path / "adapter_model.safetensors").read_text() == text
+
+
+@pytest.mark.parametrize("killed_at", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_kill_between_the_two_files_leaves_no_weights_with_a_config_that_is_not_theirs(
+    tmp_path, tokenizer, monkeypatch, killed_at
+):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("old")
+    replace = os.replace
+
+    def killed(source, place) -> None:
+        if Path(place).name == killed_at:
+            raise KeyboardInterrupt
+        replace(source, place)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(SavingTrainer(tokenizer), tmp_path, tokenizer)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
 
 
 def test_a_tokenizer_is_saved_where_training_changed_it_and_that_of_an_earlier_run_goes(tmp_path, tokenizer):
