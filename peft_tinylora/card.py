@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +30,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import TaskType
 
-from .describe import MOST_SHOWN, Description
+from .describe import MOST_SHOWN, Description, describe
 from .errors import AdapterFileError
 from .fingerprint import digest_of_tensor
 from .published import relative
@@ -87,6 +87,7 @@ class Evaluation:
         before, after (`dict[str, float]`): accuracy, 0 to 1, by way of decoding: "greedy" and "sampled".
         score_options (`str`, *optional*): options of score.py, besides the adapter, that measure `after` again.
         is_whole (`bool`): whether all problems of the dataset were scored.
+        table (`str`, *optional*): in Markdown, in place of the one of `before` and `after`.
     """
 
     dataset: str
@@ -97,6 +98,13 @@ class Evaluation:
     split: str | None = None
     score_options: str | None = None
     is_whole: bool = True
+    table: str | None = None
+
+    @property
+    def problems_from(self) -> tuple[str, str | None, str | None]:
+        """Which problems they were; a file has no config and no split."""
+        on_hub = is_hub_id(self.dataset)
+        return relative(self.dataset), self.config if on_hub else None, self.split if on_hub else None
 
 
 def versions() -> dict[str, str]:
@@ -136,7 +144,8 @@ class Facts:
 
     Args:
         training ([`Training`], *optional*): how it was trained; without it the card says that it does not know.
-        evaluation ([`Evaluation`], *optional*): what was measured.
+        evaluation ([`Evaluation`], *optional*): what was measured around training.
+        more (`list[Evaluation]`): what was measured later, by score.py.
         prompt (`str` or `list[dict]`): for the lines that try it, a text or chat messages.
         max_new_tokens (`int`): for these lines.
         made_on, date, commit, versions: the machine, the day, the commit of this package, and the libraries.
@@ -146,6 +155,7 @@ class Facts:
     evaluation: Evaluation | None = None
     prompt: str | list[dict[str, str]] = "YOUR PROMPT"
     max_new_tokens: int = 100
+    more: list[Evaluation] = field(default_factory=list)
     made_on: str = field(default_factory=hardware)
     date: str = field(default_factory=lambda: datetime.now(UTC).date().isoformat())
     commit: str | None = field(default_factory=commit)
@@ -183,7 +193,7 @@ def make_card(
             "peft_tinylora",
             *(["trl", training.method.lower()] if training is not None else []),
         ],
-        eval_results=None if evaluation is None else model_index(evaluation),
+        eval_results=[result for each in evaluations_of(facts) for result in model_index(each)] or None,
     )
     return ModelCard.from_template(
         data,
@@ -200,12 +210,18 @@ def make_card(
         training=training,
         datasets=[relative(dataset) for dataset in datasets],
         evaluation=evaluation,
-        eval_dataset=None if evaluation is None else relative(evaluation.dataset),
+        relative=relative,
         call=f"{facts.prompt!r}, do_sample=False, max_new_tokens={facts.max_new_tokens}",
         generates=config.task_type == TaskType.CAUSAL_LM,
         loading=LOADING.get(adapter.weights),
         quote=shlex.quote,
     )
+
+
+def evaluations_of(facts: Facts) -> list[Evaluation]:
+    """All that was measured, the latest where the same problems were scored twice."""
+    latest = {each.problems_from: each for each in (facts.evaluation, *facts.more) if each is not None}
+    return list(latest.values())
 
 
 def model_index(evaluation: Evaluation) -> list[EvalResult]:
@@ -231,18 +247,20 @@ def eval_result_files(facts: Facts) -> dict[str, str]:
 
     Only of greedy decoding on the whole of a dataset of the Hub: a leaderboard does not tell a part from the whole.
     """
-    evaluation = facts.evaluation
-    if evaluation is None or not (evaluation.is_whole and is_hub_id(evaluation.dataset)):
-        return {}
-    entry = EvalResultEntry(
-        dataset_id=evaluation.dataset,
-        task_id=evaluation.config or "default",
-        value=round(100 * evaluation.after["greedy"], 2),
-        date=facts.date,
-        notes=f"greedy, split {evaluation.split}, {evaluation.problems} problems, exact match of the marked answer",
-    )
-    name = f".eval_results/peft_tinylora_{evaluation.dataset.rpartition('/')[2]}.yaml"
-    return {name: yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)}
+    files = {}
+    for evaluation in evaluations_of(facts):
+        if not (evaluation.is_whole and is_hub_id(evaluation.dataset)):
+            continue
+        entry = EvalResultEntry(
+            dataset_id=evaluation.dataset,
+            task_id=evaluation.config or "default",
+            value=round(100 * evaluation.after["greedy"], 2),
+            date=facts.date,
+            notes=f"greedy, split {evaluation.split}, {evaluation.problems} problems, exact match of the marked answer",
+        )
+        name = f".eval_results/peft_tinylora_{evaluation.dataset.rpartition('/')[2]}.yaml"
+        files[name] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+    return files
 
 
 def write_card(folder: Path, adapter: Description, place: str, facts: Facts) -> ModelCard:
@@ -270,6 +288,7 @@ def read_facts(folder: Path, adapter: Description) -> Facts | None:
         facts = Facts(
             None if training is None else Training(**training),
             None if evaluation is None else Evaluation(**evaluation),
+            more=[Evaluation(**each) for each in fields.pop("more", [])],
             **fields,
         )
         of_these_numbers = kept["v"] == digest_of_tensor(adapter.vectors)
@@ -282,6 +301,35 @@ def read_facts(folder: Path, adapter: Description) -> Facts | None:
             f"it, or remove README.md and {FACTS_FILE}, and a card without results is made."
         )
     return facts if is_unchanged else None
+
+
+def add_evaluation(folder: Path, evaluation: Evaluation) -> ModelCard:
+    """Put a later measurement into the card of an adapter's folder, in place of an earlier one on the same problems.
+
+    A card that a recipe wrote is made anew with it, and so is one that is missing or PEFT's empty form. In one that
+    somebody wrote or edited only the metadata change.
+
+    Raises:
+        AdapterFileError: if the card is of other numbers than the adapter's, or its metadata cannot be read.
+    """
+    readme = folder / "README.md"
+    adapter = describe(folder)
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    facts = Facts() if not text.strip() or is_empty_form(text) else read_facts(folder, adapter)
+    if facts is not None:
+        others = [each for each in facts.more if each.problems_from != evaluation.problems_from]
+        return write_card(folder, adapter, str(folder), replace(facts, more=[*others, evaluation]))
+    try:
+        card = ModelCard(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise AdapterFileError(f"The metadata of {readme} cannot be read ({error}): mend or remove it.") from error
+    new = model_index(evaluation)
+    kept = [old for old in card.data.eval_results or [] if not any(old.is_equal_except_value(each) for each in new)]
+    card.data.model_name, card.data.eval_results = card.data.model_name or folder.name, [*kept, *new]
+    temporary = folder / "README.md.tmp"
+    temporary.write_text(str(card), encoding="utf-8")
+    os.replace(temporary, readme)
+    return card
 
 
 def digest(text: str) -> str:

@@ -123,6 +123,22 @@ def test_a_part_of_a_dataset_or_no_dataset_of_the_hub_is_in_no_leaderboard(datas
     assert result.dataset_type == ("custom" if is_whole else "openai/gsm8k") and result.dataset_name == dataset
 
 
+def test_later_measurements_stand_beside_the_first_and_replace_one_on_the_same_problems() -> None:
+    later = Evaluation("a/math", 500, {"greedy": 0.4}, {"greedy": 0.5}, split="test", table="| mine |")
+    again = Evaluation("openai/gsm8k", 1319, {"greedy": 0.4}, {"greedy": 0.95}, "main", "test")
+    facts = Facts(evaluation=EVALUATION, more=[later, again])
+    made = make_card(description(), PLACE, facts)
+    results = {(result.dataset_type, result.metric_name): result.metric_value for result in made.data.eval_results}
+    assert results == {("openai/gsm8k", "accuracy, greedy"): 0.95, ("a/math", "accuracy, greedy"): 0.5}
+    assert "| mine |" in made.text and "| greedy | 40.0% | 95.0% |" in made.text and "None" not in made.text
+    files = eval_result_files(facts)
+    values = {name: yaml.safe_load(text)[0]["value"] for name, text in files.items()}
+    assert values == {
+        ".eval_results/peft_tinylora_gsm8k.yaml": 95.0,
+        ".eval_results/peft_tinylora_math.yaml": 50.0,
+    }
+
+
 def test_local_folders_and_files_stay_out_of_the_metadata(tmp_path) -> None:
     base, data = tmp_path / "base", tmp_path / "train.jsonl"
     base.mkdir()

@@ -8,7 +8,8 @@ import pytest
 from trl import ModelConfig
 
 from trl_recipes import grpo
-from trl_recipes.arguments import ScoreArguments, parse
+from trl_recipes.arguments import parse
+from trl_recipes.score_arguments import ScoreArguments
 
 
 ROOT = Path(__file__).resolve().parents[1]

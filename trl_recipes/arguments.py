@@ -271,62 +271,6 @@ class TinyLoraArguments:
                 raise RecipeError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(repr, SAVE_DTYPES))}.")
 
 
-@dataclass
-class ScoreArguments(ProblemArguments):
-    """What the script `score.py` reads, besides TRL's `ModelConfig`.
-
-    Args:
-        dataset (`str`):
-            Problems, a dataset id or a local JSON, JSONL or Parquet file.
-        dataset_config (`str`, *optional*):
-            The dataset's configuration.
-        dataset_split (`str`, *optional*, defaults to `"test"`):
-            Its split; a file is one split.
-        adapter (`str`, *optional*):
-            A saved adapter, folder or id. Without it the base model is scored.
-        basis (`str`, *optional*):
-            `basis` of the adapter's config, in place of the saved one.
-        batch_size (`int`, *optional*, defaults to `64`):
-            Problems generated at once.
-        max_completion_length (`int`, *optional*, defaults to `512`):
-            Most tokens in an answer.
-        max_problems (`int`, *optional*):
-            Score on the first so many problems only.
-        sampled (`bool`, *optional*, defaults to `False`):
-            Whether to score samples at temperature 1 too.
-        vllm_server_base_url (`str`, *optional*):
-            Let these vLLM servers answer, URLs separated by commas, and send them the adapter.
-        use_cpu (`bool`, *optional*, defaults to `False`):
-            Whether to stay on the CPU where there is a GPU.
-        trust_remote_code (`bool`, *optional*, defaults to `False`):
-            Whether to run the code that a model ships with.
-    """
-
-    dataset: str = field(default=None, metadata={"help": "Problems: a dataset id or a JSON, JSONL or Parquet file."})
-    dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
-    dataset_split: str = field(default="test", metadata={"help": "The dataset's split (a file is one split)."})
-    adapter: str | None = field(default=None, metadata={"help": "A saved adapter: folder or id (None: the base)."})
-    basis: str | None = field(
-        default=None,
-        metadata={
-            "help": "Where to take the adapter's frozen factors from on another form of the base than it was trained on: "
-            "full-precision or unchecked (None: as it was trained)."
-        },
-    )
-    batch_size: int = field(
-        default=64, metadata={"help": "Problems generated at once. The same number gives the same answers again."}
-    )
-    max_completion_length: int = field(default=512, metadata={"help": "Most tokens in an answer."})
-    max_problems: int | None = field(default=None, metadata={"help": "The first so many problems only (None: all)."})
-    sampled: bool = field(default=False, metadata={"help": "Score samples at temperature 1 too."})
-    vllm_server_base_url: str | None = field(
-        default=None,
-        metadata={"help": "Let these vLLM servers answer (URLs, separated by commas), and send them the adapter."},
-    )
-    use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that a model ships with."})
-
-
 def parse(classes: Sequence[type], usage: str, argv: Sequence[str] | None = None) -> tuple:
     """
     Parses YAML and command line strictly into one object of each class.

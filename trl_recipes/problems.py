@@ -13,8 +13,8 @@ from pathlib import Path
 from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
 from trl import DatasetMixtureConfig, get_dataset
 
+from trl_recipes.answers import gold_answer
 from trl_recipes.arguments import ProblemArguments, RecipeArguments, RecipeError, SFTArguments
-from trl_recipes.rewards import gold_answer
 
 
 QUESTION = "{question}"

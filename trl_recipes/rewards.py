@@ -1,11 +1,6 @@
-r"""A completion and the true answer -> 1.0 or 0.0. Training and scoring use this same function.
+"""A completion and the true answer -> 1.0 or 0.0. Training and scoring use this same function.
 
-The answer of a text is what stands on the line after its last `####` (GSM8K's mark) or, where there is no such mark,
-the inside of its last balanced `\boxed{}`. A text with neither has no answer: a model that computes the right number
-and does not say which one it is has not solved the problem, and is told so.
-
-Numbers are compared as exact fractions, so that 72, 72.0, $72 and 1,000 / 1000 agree and 0.1 + 0.2 never comes up.
-Only LaTeX is handed to `math_verify`.
+Which part of a completion is its answer, and when two answers are equal, is said in answers.py and equal_answers.py.
 
 `load_rewards` loads the reward functions that a user names instead, by the same options as `trl grpo`.
 """
@@ -13,13 +8,9 @@ Only LaTeX is handed to `math_verify`.
 import importlib
 import inspect
 import os
-import re
 import sys
-import threading
 from collections.abc import Callable, Collection
-from fractions import Fraction
 
-from math_verify import LatexExtractionConfig, parse, verify
 from trl.rewards import (
     accuracy_reward,
     get_soft_overlong_punishment,
@@ -27,14 +18,10 @@ from trl.rewards import (
     think_format_reward,
 )
 
+from trl_recipes.answers import is_correct
 from trl_recipes.arguments import GRPOArguments, RecipeError
 
 
-ANSWER_MARK = "####"
-BOX_MARK = r"\boxed{"
-CURRENCY_SIGNS = "$£€¥"
-# Longer digit strings are no answers, and Python refuses to convert thousands of digits.
-NUMBER = re.compile(r"[+-]?([0-9]{1,100}(\.[0-9]{0,100})?|\.[0-9]{1,100})(/[0-9]{1,100})?")
 # The names and values of `trl grpo`.
 TRL_REWARDS = {
     "accuracy_reward": accuracy_reward,
@@ -44,7 +31,6 @@ TRL_REWARDS = {
 }
 # What TRL passes to each reward function, beside the dataset's columns.
 TRL_ARGUMENTS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(,[0-9]{3})+(?![0-9,])")
 
 
 def exact_match_reward(
@@ -138,12 +124,6 @@ def check_rewards(
             raise RecipeError(f"{name} reads chat messages, and these prompts are plain strings: set chat: true.")
 
 
-def is_correct(text: str, gold: str | int | float) -> bool:
-    """Says whether the answer that `text` marks equals `gold`, itself a bare answer or a whole solution."""
-    found = extract_answer(text)
-    return found is not None and answers_agree(found, gold_answer(gold))
-
-
 def completion_text(completion: str | list[dict]) -> str:
     """Returns the text of a completion: the string itself, or the last message's content (`""` where there is none)."""
     if isinstance(completion, str):
@@ -152,79 +132,3 @@ def completion_text(completion: str | list[dict]) -> str:
     if isinstance(content, list):  # content in parts, as multimodal chat templates have it
         return "".join(part["text"] for part in content if part["type"] == "text")
     return content or ""
-
-
-def gold_answer(gold: str | int | float) -> str:
-    """Returns the bare true answer: what a solution marks, or the value itself where it marks nothing."""
-    if gold is None:
-        raise ValueError("a true answer is missing (None): drop such rows from the dataset.")
-    text = str(gold).strip()
-    marked = extract_answer(text)
-    return text if marked is None else marked
-
-
-def extract_answer(text: str) -> str | None:
-    r"""Returns what follows the last `####` on its line, else the inside of the last balanced `\boxed{}`, else None."""
-    if ANSWER_MARK in text:
-        line = text.rpartition(ANSWER_MARK)[2].strip(" \t").partition("\n")[0].strip()
-        boxed = last_boxed(line)
-        return (line if boxed is None else boxed) or None
-    return last_boxed(text)
-
-
-def last_boxed(text: str) -> str | None:
-    r"""Returns the inside of the last `\boxed{...}` whose braces balance, None where there is none or it is empty."""
-    start = text.rfind(BOX_MARK)
-    while start != -1:
-        depth = 1
-        for end in range(start + len(BOX_MARK), len(text)):
-            escaped = text[end - 1] == "\\"
-            if text[end] == "{" and not escaped:
-                depth += 1
-            elif text[end] == "}" and not escaped:
-                depth -= 1
-            if depth == 0:
-                return text[start + len(BOX_MARK) : end].strip() or None
-        start = text.rfind(BOX_MARK, 0, start)
-    return None
-
-
-def answers_agree(found: str, gold: str) -> bool:
-    """Says whether two bare answers are equal: as text once normalised, as numbers, or as LaTeX."""
-    found, gold = normalise(found), normalise(gold)
-    if found == gold:
-        return True
-    found_number, gold_number = as_number(found), as_number(gold)
-    if found_number is not None and gold_number is not None:
-        return found_number == gold_number
-    return "\\" in found + gold and latex_agrees(found, gold)
-
-
-def normalise(answer: str) -> str:
-    """Drops what does not change an answer: thousands separators, currency sign, trailing period, extra spaces."""
-    answer = " ".join(answer.replace("\N{MINUS SIGN}", "-").replace(r"\$", "$").replace("{,}", ",").split())
-    answer = answer.rstrip(".").strip()
-    sign = "-" if answer.startswith("-") else ""
-    answer = sign + answer.removeprefix("-").strip(CURRENCY_SIGNS + " ")
-    return THOUSANDS.sub(lambda number: number.group().replace(",", ""), answer)
-
-
-def as_number(answer: str) -> Fraction | None:
-    """Reads `-3`, `72.0`, `.5` or `1/2` as an exact fraction; None for anything else."""
-    if not NUMBER.fullmatch(answer):
-        return None
-    numerator, _, denominator = answer.partition("/")
-    if not denominator:
-        return Fraction(numerator)
-    return Fraction(numerator) / int(denominator) if int(denominator) else None
-
-
-def latex_agrees(found: str, gold: str) -> bool:
-    """Asks `math_verify` whether two LaTeX answers are equal."""
-    # Its timeouts use signals, which only the main thread may set.
-    seconds = 5 if threading.current_thread() is threading.main_thread() else None
-    config = [LatexExtractionConfig()]
-    parsed_found, parsed_gold = (
-        parse(f"${answer}$", extraction_config=config, parsing_timeout=seconds) for answer in (found, gold)
-    )
-    return verify(parsed_gold, parsed_found, timeout_seconds=seconds)

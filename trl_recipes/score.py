@@ -1,9 +1,10 @@
 """The fraction of problems that a model solves: greedy, or sampled at temperature 1.
 
 As a library, `score(model, tokenizer, problems)`; the recipes call it before and after training, both ways. As a script
-it reloads a saved adapter in a new process and prints JSON; `score_options` says with which:
+it reloads a saved adapter, or any model, in a new process, scores it beside its controls (variants.py) and prints JSON:
 
-    python trl_recipes/score.py --adapter outputs/embedded_grpo --dataset trl_recipes/embedded/data/held_out.jsonl
+    python trl_recipes/score.py --adapter outputs/embedded_grpo --benchmark embedded
+    python trl_recipes/score.py --adapter DIR --benchmark math500 --chat true --samples 4 --output_dir outputs/math500
 
 Greedy answers come back exactly if the batches do: padding shifts positions and sums by a rounding error, and one token
 that flips can flip an answer. So problems are taken in order, `batch_size` at a time, padded on the left to the longest
@@ -17,10 +18,9 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from functools import partial
+from pathlib import Path
 
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggingface_hub is imported
@@ -32,32 +32,38 @@ from accelerate import PartialState  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import PeftConfig, PeftModel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
-from transformers import (  # noqa: E402
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
 from peft_tinylora import TinyLoraError  # noqa: E402
-from peft_tinylora.inline import PREFIX, inline_adapter_of_folder, name_of  # noqa: E402
-from peft_tinylora.served import skeleton  # noqa: E402
+from trl_recipes.answer_log import AnswerLog  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
     LORA_OPTIONS,
     ProblemArguments,
     RecipeArguments,
     RecipeError,
-    ScoreArguments,
     parse,
     refuse_lora_options,
     refuse_quantization_options,
 )
+from trl_recipes.benchmark_sets import BENCHMARKS, fill_in_benchmark, load_benchmark_rows  # noqa: E402
+from trl_recipes.completing import complete, evaluation_mode, generation_config  # noqa: E402
+from trl_recipes.evaluation import Plan, evaluate, greedy_completions, summarize  # noqa: E402
+from trl_recipes.evaluation_report import check_card_can_be_updated, update_card, write_report  # noqa: E402
 from trl_recipes.problems import load_rows, to_problems  # noqa: E402
 from trl_recipes.rewards import exact_match_reward  # noqa: E402
-from trl_recipes.trainer_setup import hide_known_noise, load_model, load_tokenizer  # noqa: E402
-from trl_recipes.vllm_requests import Prompt  # noqa: E402
-from trl_recipes.vllm_servers import VllmServers, split_urls  # noqa: E402
+from trl_recipes.score_arguments import ScoreArguments  # noqa: E402
+from trl_recipes.trainer_setup import hide_known_noise, load_tokenizer, quantization_of  # noqa: E402
+from trl_recipes.variants import (  # noqa: E402
+    Sampling,
+    load_for_scoring,
+    refuse_options_of_a_loaded_model,
+    variants_of_model,
+    variants_on_servers,
+)
+
+
+DEFAULT_LENGTH = 512  # tokens of an answer at most
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ class Score:
     @property
     def answers_sha256(self) -> str:
         """First 16 hex digits of the SHA-256 of all answers: equal in two runs where every answer is."""
-        return hashlib.sha256(json.dumps(self.completions).encode()).hexdigest()[:16]
+        return digest_of(self.completions)
 
 
 def score(
@@ -130,57 +136,13 @@ def score(
         torch.manual_seed(seed)
         for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
             prompts = [problem["prompt"] for problem in problems[start : start + batch_size]]
-            inputs = encode(tokenizer, prompts).to(model.device)
-            output = model.generate(**inputs, generation_config=config)
-            new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
-            ended = [cut_at_end(tokens, config.eos_token_id) for tokens in new_tokens]
-            completions += tokenizer.batch_decode(ended, skip_special_tokens=True)
+            completions += complete(model, tokenizer, prompts, config)
     return scored(problems, completions)
 
 
-def score_on_servers(
-    servers: VllmServers,
-    model: str,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Iterable[dict],
-    *,
-    max_completion_length: int = 512,
-    sampled: bool = False,
-    progress: str | None = None,
-) -> Score:
-    """
-    As [`score`], with the answers of vLLM servers.
-
-    Args:
-        servers ([`VllmServers`]):
-            Who answers.
-        model (`str`):
-            What they shall answer with: an adapter's text or name, or the base model's name.
-        tokenizer, problems, max_completion_length, sampled, progress:
-            As in [`score`]. Samples are other ones each time.
-
-    Raises:
-        ValueError: if there is no problem.
-        RecipeError: if the servers refuse, or none answers.
-    """
-    problems = list(problems)
-    if not problems:
-        raise ValueError("score needs at least one problem, and got none.")
-    inputs = [encode(tokenizer, [problem["prompt"]])["input_ids"][0].tolist() for problem in problems]
-    answers = servers.generate(
-        model,
-        [Prompt(ids, 1) for ids in inputs],
-        max_tokens=max_completion_length,
-        expected_model=name_of(model) if model.startswith(PREFIX) else model,
-        progress=progress,
-        temperature=1.0 if sampled else 0.0,
-        top_p=1.0,
-        top_k=-1,
-        min_p=0.0,
-        repetition_penalty=1.0,
-    )
-    completions = tokenizer.batch_decode([answer[0].token_ids for answer in answers], skip_special_tokens=True)
-    return scored(problems, completions)
+def digest_of(what: object) -> str:
+    """First 16 hex digits of the SHA-256 of something as JSON."""
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
 def scored(problems: list[dict], completions: list[str]) -> Score:
@@ -247,126 +209,122 @@ def score_options(
     return shlex.join(part for name, value in given for part in (f"--{name}", value))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: list) -> dict[str, torch.Tensor]:
-    """Tokenizes prompts as TRL does in training, padded on the left: input_ids and attention_mask (batch, tokens)."""
-    if isinstance(prompts[0], str):
-        return tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
-    return tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
-    )
-
-
-def generation_config(
-    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, sampled: bool
-) -> GenerationConfig:
-    """Builds a config that leaves nothing to the model's own, whose values (Qwen's repetition penalty, say) fill gaps."""
-    ends = model.generation_config.eos_token_id
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=sampled,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0 if sampled else 50,  # 50 is what transformers calls unset; greedy decoding does not read it
-        repetition_penalty=1.0,
-        num_beams=1,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=[tokenizer.eos_token_id, *(token for token in ends if token != tokenizer.eos_token_id)],
-        disable_compile=True,
-    )
-
-
-def cut_at_end(tokens: list[int], ends: list[int]) -> list[int]:
-    """Returns the tokens before the first end token."""
-    return tokens[: next((i for i, token in enumerate(tokens) if token in ends), len(tokens))]
-
-
-@contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Turns dropout off while scoring, and puts the model back in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
 def main() -> None:
-    """Scores a base model, or a saved adapter on it, and prints the result as JSON."""
+    """Scores a model, or a saved adapter on its base beside its controls, and prints the result as JSON."""
     hide_known_noise()
-    arguments, model_args = parse((ScoreArguments, ModelConfig), "score.py --adapter DIR --dataset FILE [--help]")
+    arguments, model_args = parse(
+        (ScoreArguments, ModelConfig), "score.py --adapter DIR --benchmark NAME|--dataset FILE [--help]"
+    )
     refuse_lora_options(model_args)
     refuse_quantization_options(model_args)
+    check_card_can_be_updated(arguments)
+    if arguments.benchmark is not None:
+        fill_in_benchmark(arguments)
     if arguments.dataset is None:
-        raise RecipeError("no problems: set dataset to a dataset id or a JSON, JSONL or Parquet file.")
+        raise RecipeError("no problems: set benchmark, or dataset to a dataset id or a JSON, JSONL or Parquet file.")
+    if arguments.max_completion_length is None:
+        arguments.max_completion_length = DEFAULT_LENGTH
+    if arguments.vllm_server_base_url is not None:
+        refuse_options_of_a_loaded_model(arguments, model_args)
     if model_args.model_name_or_path is None and arguments.adapter is not None:
         model_args.model_name_or_path = PeftConfig.from_pretrained(arguments.adapter).base_model_name_or_path
 
     tokenizer = load_tokenizer(model_args, arguments.trust_remote_code)
-    rows = load_rows(arguments.dataset, arguments.dataset_config, arguments.dataset_split)
-    problems = to_problems(rows, arguments, tokenizer.chat_template is not None)
-    problems = problems.take(min(arguments.max_problems or len(problems), len(problems)))
-
-    settings = {"max_completion_length": arguments.max_completion_length}
+    problems = load_problems(arguments, tokenizer)
     if arguments.vllm_server_base_url is not None:
-        refuse_options_of_a_loaded_model(arguments, model_args)
         run = {"servers": arguments.vllm_server_base_url}
-        ask = partial(score_on_servers, *servers_and_name(arguments, model_args), tokenizer, problems, **settings)
+        variants = variants_on_servers(arguments, model_args, tokenizer)
     else:
         model = load_for_scoring(arguments, model_args)
-        settings["batch_size"] = arguments.batch_size
-        run = {"dtype": str(model.dtype), "device": model.device.type, "threads": torch.get_num_threads()}
-        ask = partial(score, model, tokenizer, problems, **settings)
-    greedy = ask(progress="greedy")
+        run = {"batch_size": arguments.batch_size, "dtype": str(model.dtype), "device": model.device.type}
+        run |= {"threads": torch.get_num_threads()}
+        variants = variants_of_model(model, tokenizer, arguments)
+
+    sampling = Sampling(arguments.temperature, arguments.top_p)
+    plan = Plan(arguments.sampled, arguments.samples, sampling, arguments.seed)
+    settings = {
+        "model": model_args.model_name_or_path,
+        "model_revision": model_args.model_revision,
+        "quantization": quantization_of(model_args),
+        "attn_implementation": model_args.attn_implementation,
+        "adapter": arguments.adapter,
+        "adapter_sha256": digest_of_adapter(arguments.adapter),
+        "basis": arguments.basis,
+        "problems_sha256": digest_of(problems),
+        "max_completion_length": arguments.max_completion_length,
+    }
+    settings |= {"samples": arguments.samples, "temperature": sampling.temperature, "top_p": sampling.top_p}
+    settings |= {"seed": arguments.seed} | {name: value for name, value in run.items() if name != "servers"}
+    folder = None if arguments.output_dir is None else Path(arguments.output_dir)
+    log = AnswerLog(folder, settings)
+    evaluate(variants, problems, plan, log)
+
+    names = [variant.name for variant in variants]
+    summary = summarize(names, len(problems), plan, log)
+    asked = summary["variants"][names[0]]
     result = {
         "model": model_args.model_name_or_path,
         "adapter": arguments.adapter,
+        "benchmark": arguments.benchmark,
         "dataset": arguments.dataset,
         "problems": len(problems),
-        "greedy": greedy.fraction,
-        "greedy_answers_sha256": greedy.answers_sha256,
+        "greedy": asked["greedy"]["strict"]["mean"],
+        "greedy_answers_sha256": digest_of(greedy_completions(names[0], len(problems), log)),
     }
     if arguments.sampled:
-        result["sampled"] = ask(sampled=True, progress="sampled").fraction
-    result |= settings | run
+        result["sampled"] = asked["sampled"]["strict"]["mean"]
+    result |= {"max_completion_length": arguments.max_completion_length} | run
+    if arguments.samples:
+        result |= {name: settings[name] for name in ("samples", "temperature", "top_p", "seed")}
+    result |= summary
     print(json.dumps(result), flush=True)
+    if folder is not None:
+        write_report(folder, result)
+    if arguments.update_card:
+        update_card(arguments, result, options_of(arguments, model_args))
 
 
-def load_for_scoring(arguments: ScoreArguments, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
-    """Loads the base, and the adapter onto it, on the device where it shall run."""
-    model = load_model(model_args, arguments.trust_remote_code)
-    if arguments.adapter is not None:
-        config = PeftConfig.from_pretrained(arguments.adapter)
-        if arguments.basis is not None:
-            config.basis = arguments.basis
-        model = PeftModel.from_pretrained(model, arguments.adapter, config=config)
-    device = "cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu"
-    # A quantized model was put there while loading.
-    return model if model_args.load_in_4bit or model_args.load_in_8bit else model.to(device)
+def load_problems(arguments: ScoreArguments, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
+    """Loads the problems, and says on stderr what of them may not be meant."""
+    if arguments.benchmark is None:
+        rows = load_rows(arguments.dataset, arguments.dataset_config, arguments.dataset_split)
+    else:
+        rows = load_benchmark_rows(arguments)
+        expected = BENCHMARKS[arguments.benchmark].problems
+        if len(rows) != expected:
+            print(
+                f"note: {arguments.dataset} has {len(rows)} problems, {arguments.benchmark} {expected}.",
+                file=sys.stderr,
+            )
+        if tokenizer.chat_template is not None and not arguments.chat:
+            print("note: the tokenizer has a chat template, which chat: true would use.", file=sys.stderr)
+    problems = to_problems(rows, arguments, tokenizer.chat_template is not None)
+    problems = list(problems.take(min(arguments.max_problems or len(problems), len(problems))))
+    if not problems:
+        raise RecipeError(f"{arguments.dataset} has no problems: check dataset and dataset_split.")
+    return problems
 
 
-def refuse_options_of_a_loaded_model(arguments: ScoreArguments, model_args: ModelConfig) -> None:
-    """Raises [`RecipeError`] for options that servers, which have their own weights, would not heed."""
-    given = {
-        "basis": arguments.basis,
-        "load_in_4bit": model_args.load_in_4bit,
-        "load_in_8bit": model_args.load_in_8bit,
-    }
-    names = [name for name, value in given.items() if value]
-    if names:
-        raise RecipeError(
-            f"{', '.join(names)} with vllm_server_base_url: the servers have their own weights: leave it out."
-        )
+def digest_of_adapter(adapter: str | None) -> str | None:
+    """Tells the adapter in a folder from another one that is trained into the same folder; `None` of an id."""
+    files = [] if adapter is None else sorted(Path(adapter).glob("adapter_*"))
+    return digest_of([hashlib.sha256(file.read_bytes()).hexdigest() for file in files]) if files else None
 
 
-def servers_and_name(arguments: ScoreArguments, model_args: ModelConfig) -> tuple[VllmServers, str]:
-    """Returns the servers, and what they shall answer with: the adapter as text, or their base model's name."""
-    servers = VllmServers(split_urls(arguments.vllm_server_base_url))
-    if arguments.adapter is None:
-        return servers, servers.base_model()
-    base = skeleton(model_args.model_name_or_path, model_args.model_revision, arguments.trust_remote_code)
-    return servers, inline_adapter_of_folder(arguments.adapter, base).text()
+def options_of(arguments: ScoreArguments, model_args: ModelConfig) -> str:
+    """Returns the options that measure the same again, without those that say where to put it."""
+    left_out = ("adapter", "output_dir", "update_card", "vllm_server_base_url", "model_name_or_path", "use_peft")
+    shown = {f.name: vars(arguments)[f.name] for f in fields(ScoreArguments) if f.name not in left_out}
+    shown |= {name: value for name, value in vars(model_args).items() if name not in (*left_out, *LORA_OPTIONS)}
+    defaults = {f.name: f.default for f in (*fields(ScoreArguments), *fields(ModelConfig))}
+    if arguments.benchmark is not None:
+        known = BENCHMARKS[arguments.benchmark]
+        defaults |= {"question_column": known.question, "answer_column": known.answer}
+        defaults |= {"prompt_template": known.prompt_template, "max_completion_length": known.max_completion_length}
+        if shown["dataset"] == known.dataset:
+            defaults |= {"dataset": known.dataset, "dataset_config": known.config, "dataset_split": known.split}
+    given = [(name, str(value)) for name, value in shown.items() if value != defaults[name]]
+    return shlex.join(part for name, value in given for part in (f"--{name}", value))
 
 
 if __name__ == "__main__":

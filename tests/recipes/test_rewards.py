@@ -4,7 +4,8 @@ import threading
 
 import pytest
 
-from trl_recipes.rewards import exact_match_reward, extract_answer
+from trl_recipes.answers import strict_answer
+from trl_recipes.rewards import exact_match_reward
 
 
 def reward(completion, gold) -> float:
@@ -32,6 +33,7 @@ def reward(completion, gold) -> float:
         ("#### 1/2", "0.5"),
         ("#### 2/4", "1/2"),
         ("#### 0.1", "0.10"),
+        ("#### 7e1", "70"),  # Minerva's true answers are written so
         # thousands separators, currency signs, trailing period
         ("#### 1,000", "1000"),
         ("#### 1000", "1,000"),
@@ -104,7 +106,6 @@ def test_right_answers_earn_one(completion, gold):
         ("#### 1,0000", "10000"),
         ("#### 1/0", "1"),
         ("#### --72", "72"),
-        ("#### 7e1", "70"),
         ("#### nan", "nan0"),
         (r"\boxed{}", "72"),
         (r"\boxed{72", "72"),
@@ -184,6 +185,6 @@ def test_latex_is_compared_outside_the_main_thread_too():
 
 
 def test_extracted_answers_are_not_normalised_yet():
-    assert extract_answer(r"x \boxed{\frac{a}{b}} y") == r"\frac{a}{b}"
-    assert extract_answer("#### $1,000.") == "$1,000."
-    assert extract_answer("no mark") is None
+    assert strict_answer(r"x \boxed{\frac{a}{b}} y") == r"\frac{a}{b}"
+    assert strict_answer("#### $1,000.") == "$1,000."
+    assert strict_answer("no mark") is None

@@ -5,8 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from trl import ModelConfig
 
-from trl_recipes.arguments import RecipeError, ScoreArguments
-from trl_recipes.score import refuse_options_of_a_loaded_model, score
+from trl_recipes.arguments import RecipeError
+from trl_recipes.score import score
+from trl_recipes.score_arguments import ScoreArguments
+from trl_recipes.variants import refuse_options_of_a_loaded_model
 
 
 @pytest.fixture(scope="module")

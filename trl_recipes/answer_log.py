@@ -1,0 +1,119 @@
+"""Every completion of an evaluation on disk as it comes, so that one that was broken off goes on where it stopped.
+
+The first line of the file holds the settings, each other one a completion:
+
+    {"variant": "adapter", "decoding": "greedy", "problem": 3, "sample": 0, "completion": "...", "strict": true, "lenient": true}
+
+A line is written whole or, by a process that was killed, in part: what follows the last newline is cut off on opening.
+"""
+
+import fcntl
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trl_recipes.arguments import RecipeError
+
+
+FILE = "completions.jsonl"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One completion and the verdicts on it.
+
+    Args:
+        variant (`str`): which model, such as "adapter".
+        decoding (`str`): "greedy", "sampled" or "samples".
+        problem (`int`): index of the problem.
+        sample (`int`): which of the problem's samples.
+        completion (`str`): the text.
+        strict, lenient (`bool`): whether the answer is right, see answers.py.
+    """
+
+    variant: str
+    decoding: str
+    problem: int
+    sample: int
+    completion: str
+    strict: bool
+    lenient: bool
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What there is one answer for."""
+        return self.variant, self.decoding, self.problem, self.sample
+
+
+class AnswerLog:
+    """
+    The answers of one evaluation, in memory and, where it has a folder, on disk.
+
+    Args:
+        folder (`Path`, *optional*):
+            Where the file is or shall be; without it nothing is written.
+        settings (`dict`):
+            All that the answers depend on, as JSON can hold it.
+
+    Attributes:
+        answers (`dict`): the answers so far, by [`Answer.key`].
+
+    Raises:
+        RecipeError: if the file is that of other settings, or no such file, or another process writes it.
+    """
+
+    def __init__(self, folder: Path | None, settings: dict[str, object]) -> None:
+        self.answers: dict[tuple[str, str, int, int], Answer] = {}
+        self.file = None
+        if folder is None:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = (folder / FILE).open("a+b")
+        except OSError as error:
+            raise RecipeError(f"output_dir: cannot write {folder / FILE}: {error.strerror}.") from error
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
+        except BlockingIOError as error:
+            raise RecipeError(
+                f"{folder / FILE} is being written by another score.py: wait, or name another output_dir."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+        self._read(folder / FILE, settings)
+
+    def _read(self, path: Path, settings: dict[str, object]) -> None:
+        """Reads what is there, or begins it."""
+        self.file.seek(0)
+        data = self.file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self.file.truncate(len(whole))
+        lines = whole.decode("utf-8").splitlines()
+        if not lines:
+            self._write([json.dumps({"settings": settings})])
+            return
+        try:
+            found = json.loads(lines[0])["settings"]
+            answers = [Answer(**json.loads(line)) for line in lines[1:]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RecipeError(f"{path} is no file of score.py ({error}): name another output_dir.") from error
+        wanted = json.loads(json.dumps(settings))
+        other = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
+        if other:
+            shown = ", ".join(f"{name}={found.get(name)!r} there and {wanted.get(name)!r} now" for name in other)
+            raise RecipeError(
+                f"{path} holds answers of other settings ({shown}): name another output_dir, or remove it."
+            )
+        self.answers = {answer.key: answer for answer in answers}
+
+    def add(self, answers: Iterable[Answer]) -> None:
+        """Takes those that are not there yet."""
+        new = [answer for answer in answers if answer.key not in self.answers]
+        self.answers |= {answer.key: answer for answer in new}
+        if self.file is not None and new:
+            self._write([json.dumps(asdict(answer)) for answer in new])
+
+    def _write(self, lines: list[str]) -> None:
+        self.file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
+        self.file.flush()

@@ -1,0 +1,205 @@
+r"""Two bare answers -> whether they are equal.
+
+Read in turn, and the first that can read both decides: as text, as quantities (an exact fraction, and a unit where one is
+given), as words, as lists, and as LaTeX by math_verify (latex_equality.py). Nothing is rounded here: 0.33 is not 1/3.
+
+    a unit       may be missing on one side (GSM8K's answers are bare numbers): "72 apples" and "$72" are 72. Two units of
+                 one kind are converted, 1 hour is 60 minutes, and 5 cm is not 5 m.
+    a percentage is its number of hundredths, or, against a bare number, that number: 50% is 0.5, and 50.
+    a list       has no order unless it has brackets: "1, 2" is "2, 1", and (1, 2) is not (2, 1).
+"""
+
+import re
+from dataclasses import replace
+
+from trl_recipes.latex_equality import latex_agrees
+from trl_recipes.quantities import Quantity, read_quantity
+
+
+MOST_CHARACTERS = 500  # a longer answer is equal as text only; no benchmark has one
+MOST_ITEMS = 30  # of a list
+WRAPPERS = re.compile(
+    r"^(?:\*\*?|__|`)?(?:\$\$?(?P<a>[^$]+)\$\$?|\\\((?P<b>.+)\\\)|\\\[(?P<c>.+)\\\])(?:\*\*?|__|`)?$", re.DOTALL
+)
+SPACES = re.compile(r"(?<!\\)\\[ ,;:]|\\q?quad\b|~|\s+")
+NOTHING = re.compile(
+    r"\\!|\\displaystyle|\\(?:left|right)(?![a-zA-Z])|\\(?:[bB]igg?[lr]?)(?![a-zA-Z])|(?<=\d)\\,(?=\d{3})"
+)
+FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|boldsymbol|operatorname)\s*\{([^{}]*)\}")
+DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|\N{DEGREE SIGN}|\\degree\b")
+COMMAND = re.compile(r"\\[a-zA-Z]+")
+WORD = re.compile(r"[A-Za-z]{2,}")
+FUNCTIONS = set(
+    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt pi max min lim mod gcd lcm frac begin end "
+    "pmatrix bmatrix matrix vmatrix array cases".split()
+)
+# What models write in Unicode or as in a programming language.
+SPELLINGS = {
+    **{"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{INFINITY}": r"\infty ", "\N{GREEK SMALL LETTER PI}": r"\pi "},
+    **{"\N{SUPERSCRIPT TWO}": "^2", "\N{SUPERSCRIPT THREE}": "^3", "\N{VULGAR FRACTION ONE HALF}": r"\frac{1}{2}"},
+    **{"\N{VULGAR FRACTION ONE QUARTER}": r"\frac{1}{4}", "\N{VULGAR FRACTION THREE QUARTERS}": r"\frac{3}{4}"},
+    **{"{,}": ",", r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\$": "$", r"\%": "%"},
+}
+ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\(([^()]*)\)|(\w+))")
+ABOUT = re.compile(r"^(?:\\approx\b|\\sim\b|\N{ALMOST EQUAL TO}|=)\s*")
+CHOICE = re.compile(r"^[({]?\s*([A-J])\s*[)}]?(?:[.:)]|$)\s*(.*)$", re.DOTALL)
+BRACKETS = {"(": ")]", "[": ")]", r"\{": (r"\}",)}
+AND_OR = re.compile(r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*")
+THOUSANDS_IN_LIST = re.compile(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?=, |$)")
+VARIABLE = re.compile(r"^\\?[A-Za-z](?:_\{?\w{1,5}\}?|\w{0,15})(?:\([a-z]\))?\s*(?:=|\\in\b)\s*")
+MALFORMED = re.compile(r"--|\+\+|(?:^|[^_^\d])\d+ \d")  # which math_verify reads as something
+ARITHMETIC = re.compile(r"^[\d\s.,+\-*/×÷()$%]+=\s*(?=[^=]*$)")
+
+
+def answers_agree(found: str, gold: str) -> bool:
+    """Says whether two bare answers are equal; see the module's docstring."""
+    found, gold = normalise(found), normalise(gold)
+    if found == gold:
+        return True
+    if not found or not gold or max(len(found), len(gold)) > MOST_CHARACTERS:
+        return False
+    found, gold = without_label(found, gold), without_label(gold, found)
+    plain_found, plain_gold = unwrap(found), unwrap(gold)
+    if squeezed(plain_found) == squeezed(plain_gold):
+        return True
+    quantity, gold_quantity = read_quantity(plain_found), read_quantity(plain_gold)
+    if quantity is not None and gold_quantity is not None:
+        return quantity.agrees(gold_quantity)
+    verdict = lists_agree(plain_found, plain_gold)
+    if verdict is not None:
+        return verdict
+    if is_words(plain_found) or is_words(plain_gold):
+        return words_of(plain_found) == words_of(plain_gold)
+    return expressions_agree(found, gold)
+
+
+def normalise(answer: str) -> str:
+    """Drops what does not change an answer: dollars and asterisks around it, sizes of brackets, kinds of minus and space."""
+    answer = ROOT.sub(lambda root: rf"\sqrt{{{root[1] or root[2]}}}", answer)
+    answer = NOTHING.sub("", answer)
+    for spelling, usual in SPELLINGS.items():
+        answer = answer.replace(spelling, usual)
+    answer = SPACES.sub(" ", answer).strip(" *`").rstrip(".").strip()
+    wrapped = WRAPPERS.match(answer)
+    if wrapped is not None:
+        answer = next(group for group in wrapped.groups() if group is not None).strip().rstrip(".").strip()
+    return ABOUT.sub("", DEGREES.sub(" degrees", answer).strip(" *`"))
+
+
+def quantity_of(answer: str) -> Quantity | None:
+    """Reads a number, with or without a unit; None for anything else."""
+    return read_quantity(unwrap(normalise(answer)))
+
+
+def has_words(text: str) -> bool:
+    """Whether there are words in it that are no mathematics."""
+    return any(word.lower() not in FUNCTIONS for word in WORD.findall(COMMAND.sub(" ", text)))
+
+
+def unwrap(answer: str) -> str:
+    r"""Takes `\text{...}` and its like off, with a space on both sides."""
+    return FONT.sub(r" \1 ", answer).strip()
+
+
+def squeezed(answer: str) -> str:
+    """What two spellings of one answer have in common: no spaces but between digits, and no braces around one character."""
+    return re.sub(r"(?<=[\^_])\{(\w)\}", r"\1", re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", answer))
+
+
+def without_label(answer: str, other: str) -> str:
+    """Drops what may stand on one side only: a variable (x = 5), the letter of a choice (C) 5, a sum before its result."""
+    if "=" not in other and r"\in" not in other:
+        answer = ARITHMETIC.sub("", VARIABLE.sub("", answer))
+    choice, of_other = CHOICE.match(unwrap(answer)), CHOICE.match(unwrap(other))
+    if choice is None:
+        return answer
+    letter, rest = choice.groups()
+    if of_other is not None and not of_other[2]:
+        return letter
+    return unwrap(answer) if not rest else rest if read_quantity(rest) is not None else answer
+
+
+def is_words(answer: str) -> bool:
+    """Whether an answer is a word or several, such as "Evelyn" or "not enough information"; AB and xy are not."""
+    return (
+        re.fullmatch(r"[A-Za-z][A-Za-z' -]*[A-Za-z]\)?", answer.lstrip("(")) is not None
+        and has_words(answer)
+        and (len(answer) > 3 or answer.lower() in ("yes", "no", "odd", "one", "two", "six", "ten"))
+    )
+
+
+def words_of(answer: str) -> str:
+    """Words as they are compared: no case, no spaces, no article."""
+    return re.sub(r"[^a-z0-9]", "", re.sub(r"^(?:the|a|an) ", "", answer.lower()))
+
+
+def lists_agree(found: str, gold: str) -> bool | None:
+    """Compares two lists of the same brackets item by item, those of braces or of none in any order; None where they are none."""
+    (items, brackets), (gold_items, gold_brackets) = items_of(found), items_of(gold)
+    is_set, gold_is_set = brackets in ("", r"\{\}"), gold_brackets in ("", r"\{\}")
+    if len(gold_items) < 2 or len(items) < 2 or is_set != gold_is_set:
+        return None
+    if len(items) != len(gold_items) or not (is_set or brackets == gold_brackets):
+        return None if is_set else False
+    if len(items) > MOST_ITEMS:
+        return None
+    if not is_set:
+        return all(answers_agree(item, gold_item) for item, gold_item in zip(items, gold_items, strict=True))
+    left = list(gold_items)
+    for item in items:
+        match = next((gold_item for gold_item in left if answers_agree(item, gold_item)), None)
+        if match is None:
+            return None  # an item may be several, such as \pm 2
+        left.remove(match)
+    return True
+
+
+def items_of(answer: str) -> tuple[list[str], str]:
+    """Splits a list at its outer commas and "and": its items and its brackets; one item where it is no list."""
+    brackets = ""
+    for opening, closings in BRACKETS.items():
+        closing = next((closing for closing in closings if answer.endswith(closing)), None)
+        if closing is not None and answer.startswith(opening) and encloses(answer[len(opening) : -len(closing)]):
+            answer, brackets = answer[len(opening) : -len(closing)], opening + closing
+            break
+    answer = AND_OR.sub(", ", answer)
+    if ", " in answer:  # then the other commas are those of thousands
+        answer = THOUSANDS_IN_LIST.sub(lambda number: number.group().replace(",", ""), answer)
+    items, depth, start = [], 0, 0
+    for position, character in enumerate(answer):
+        depth += (character in "([{") - (character in ")]}")
+        if depth == 0 and character in ",;":
+            items.append(answer[start:position].strip())
+            start = position + 1
+    items.append(answer[start:].strip())
+    return [item for item in items if item], brackets
+
+
+def encloses(inside: str) -> bool:
+    """Whether the brackets around this belong together: (1, 2) and not (1, 2), (3, 4)."""
+    depth = 0
+    for character in inside:
+        depth += (character in "([{") - (character in ")]}")
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def expressions_agree(found: str, gold: str) -> bool:
+    """Compares two expressions by math_verify, where both are mathematics throughout."""
+    found, gold = as_latex(found), as_latex(gold)
+    if not found or not gold or has_words(found) or has_words(gold) or MALFORMED.search(found):
+        return False
+    return squeezed(found) == squeezed(gold) or latex_agrees(found, gold)
+
+
+def as_latex(answer: str) -> str:
+    r"""What math_verify reads well: no unit behind, "and" and "or" as commas, a number as a number."""
+    quantity = read_quantity(unwrap(answer))
+    if quantity is not None:
+        return str(replace(quantity, unit=None))
+    answer = AND_OR.sub(",", answer)
+    answer = re.sub(r"(?<=[^\s,])\s*\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}(?:\s*\^\{?[23]\}?)?$", "", answer)
+    answer = re.sub(r"(?<=[\w)}]) ?degrees\b", "", answer)
+    answer = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", unwrap(answer))
+    return answer.replace("$", "").replace("%", r"\%").replace("**", "^").replace("*", r" \cdot ").strip()
