@@ -167,7 +167,9 @@ def prepare(trainer: Trainer, method: str, tinylora_dtype: str) -> None:
     keep_differentiable(trainer.model)
     if method == "lora-xs":
         if is_sharded(trainer):
-            raise RecipeError("method: lora-xs with FSDP2 or DeepSpeed, which would shard its factors: start it with DDP.")
+            raise RecipeError(
+                "method: lora-xs with FSDP2 or DeepSpeed, which would shard its factors: start it with DDP."
+            )
         lora_xs.install(trainer.model)
     if method == "tinylora" and tinylora_dtype != "float32":
         for name, parameter in trainer.model.named_parameters():
