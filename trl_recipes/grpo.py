@@ -86,7 +86,6 @@ from trl_recipes.score import score_both_ways, score_options  # noqa: E402
 from trl_recipes.sharding import (  # noqa: E402
     is_sharded,
     ready_to_generate,
-    refuse_mixed_precision_where_sharded,
     send_gradients_only,
 )
 from trl_recipes.trainer_setup import (  # noqa: E402
@@ -166,7 +165,6 @@ def main() -> None:
         rollout_func=rollouts,
     )
     prepare(trainer, recipe_args.method, tinylora_args.tinylora_dtype)
-    refuse_mixed_precision_where_sharded(trainer)
     if rollouts is not None:
         weigh_by_importance(trainer)
         rollouts.check(trainer)

@@ -38,7 +38,7 @@ from trl_recipes.arguments import (
     refuse_lora_options,
 )
 from trl_recipes.problems import first_line
-from trl_recipes.sharding import is_sharded
+from trl_recipes.sharding import is_sharded, refuse_mixed_precision_where_sharded
 from trl_recipes.trainer_setup import keep_vector_in_fp32, round_vector, save_adapter, tinylora_config
 
 
@@ -159,10 +159,13 @@ def prepare(trainer: Trainer, method: str, tinylora_dtype: str) -> None:
             "float32", or "bfloat16" for a v that is rounded at each step.
 
     Raises:
+        RecipeError: for what would round v at each step, or shard the factors of LoRA-XS.
         BasisError, UnsupportedModuleError: if LoRA-XS cannot take its factors from a weight.
     """
     if method == "full":
         return
+    if method == "tinylora":
+        refuse_mixed_precision_where_sharded(trainer)
     keep_vector_in_fp32(trainer)
     keep_differentiable(trainer.model)
     if method == "lora-xs":

@@ -82,7 +82,6 @@ from trl_recipes.score import score_both_ways, score_options  # noqa: E402
 from trl_recipes.sharding import (  # noqa: E402
     is_sharded,
     ready_to_generate,
-    refuse_mixed_precision_where_sharded,
     send_gradients_only,
 )
 from trl_recipes.trainer_setup import (  # noqa: E402
@@ -154,7 +153,6 @@ def main() -> None:
         callbacks=[curve],
     )
     prepare(trainer, recipe_args.method, tinylora_args.tinylora_dtype)
-    refuse_mixed_precision_where_sharded(trainer)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(LOSS_PROGRESS))
 
