@@ -15,7 +15,17 @@ from trl_recipes.arguments import RecipeError
 from trl_recipes.figure_spec import Value
 
 
-NEEDED = ["point", "stage", "learning_rate", "seed", "chosen", "trained_parameters", "problems", "folder"]
+NEEDED = [
+    "point",
+    "stage",
+    "learning_rate",
+    "seed",
+    "chosen",
+    "trained_parameters",
+    "problems",
+    "folder",
+    "configuration",
+]
 SHARES = ["greedy_before", "greedy_after", "sampled_before", "sampled_after", "reported"]
 NUMBERS = ["learning_rate", "seed", "trained_parameters", "problems"]
 CURVES = ["reward_curve.csv", "loss_curve.csv"]
@@ -139,9 +149,10 @@ def measured(runs: pd.DataFrame, path: Path) -> pd.DataFrame:
     if missing:
         raise RecipeError(f"{path}: no column {', '.join(map(repr, missing))}: was it written by sweep.py?")
     runs = runs[(runs["stage"] == "measure") & (runs["chosen"] == "True")].copy()
-    for column in [name for name in NUMBERS + SHARES if name in runs]:
+    shares = [name for name in runs if name in SHARES or name.startswith("benchmark:")]
+    for column in [*(name for name in NUMBERS if name in runs), *shares]:
         runs[column] = to_numbers(runs[column], path)
-    for column in [name for name in SHARES if name in runs]:
+    for column in shares:
         wrong = runs[(runs[column] < 0) | (runs[column] > 1)]
         if not wrong.empty:
             raise RecipeError(
@@ -166,12 +177,10 @@ def without_repeats(runs: pd.DataFrame, what: str) -> pd.DataFrame:
     Raises:
         RecipeError: if two points of one sweep are the same configuration.
     """
-    options = [column for column in runs if column.startswith("option:")]
     points = runs.drop_duplicates(["sweep", "point"])
     first, repeated = {}, []
     for _, row in points.iterrows():
-        key = tuple(comparable(row[column]) for column in options) if options else (row["sweep"], row["point"])
-        sweep, point = first.setdefault(key, (row["sweep"], row["point"]))
+        sweep, point = first.setdefault(row["configuration"], (row["sweep"], row["point"]))
         if sweep == row["sweep"] and point != row["point"]:
             raise RecipeError(
                 f"{what}: {sweep}/{point} and {sweep}/{row['point']} have the same options: leave one out by `where`."

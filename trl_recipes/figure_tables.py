@@ -132,6 +132,10 @@ def markers(runs: pd.DataFrame, y: str, x: str, name: str) -> list[dict]:
     for column in (x, y):
         if column not in runs:
             raise RecipeError(f"series {name!r}: no column {column!r}; there are {', '.join(runs.columns)}.")
+    if not pd.api.types.is_numeric_dtype(runs[y]):
+        raise RecipeError(
+            f"series {name!r}: {y} is no number: take greedy_after, sampled_after or a benchmark: column."
+        )
     valued = runs[runs[y].notna()]
     if valued.empty:
         raise RecipeError(f"series {name!r}: no run has a value of {y!r}.")

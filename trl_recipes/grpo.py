@@ -171,6 +171,12 @@ def main() -> None:
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(REWARD_PROGRESS))
 
+    trainer.recipe_settings = {
+        "method": recipe_args.method,
+        "tinylora_dtype": tinylora_args.tinylora_dtype,
+        "rewards": list(rewards),
+        "rollout": recipe_args.rollout,
+    }
     checkpoint = trainer.checkpoint_to_resume()
 
     # --- train

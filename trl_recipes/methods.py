@@ -230,7 +230,7 @@ def save(trainer: Trainer, output_dir: Path, tokenizer_of_base: PreTrainedTokeni
     trainer.save_model(str(temporary))
     if trainer.is_world_process_zero():
         names = {path.name for path in temporary.iterdir()} - {"training_args.bin"}
-        old = {path.name for path in output_dir.glob(MODEL_WEIGHTS)} - names
+        old = {path.name for path in output_dir.glob(MODEL_WEIGHTS)}
         for name in ({*REPORT_FILES, FACTS_FILE, *ADAPTER_FILES} | old) - {keep}:
             (output_dir / name).unlink(missing_ok=True)
         for name in sorted(names, key=lambda name: Path(name).match(MODEL_WEIGHTS)):  # the weights last

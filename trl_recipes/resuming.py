@@ -56,6 +56,7 @@ class ResumableMixin:
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self._order = DataOrder()
+        self.recipe_settings: dict[str, Any] = {}  # what the recipe was set to beside `args`; compared as they are
         self.add_callback(BetweenSteps(self))
 
     def checkpoint_to_resume(self) -> Path | None:
@@ -258,17 +259,19 @@ def settings_of(trainer: Trainer) -> dict[str, Any]:
         first = hashlib.sha256(json.dumps(plain(data[0]), sort_keys=True).encode()).hexdigest()[:16]
         given |= {"training rows": len(data), "first training row (SHA-256)": first}
     base = trainer.model.config._name_or_path
-    return plain(given | {"base model": base, "processes": trainer.args.world_size})
+    given |= {"base model": base, "processes": trainer.args.world_size}
+    return plain(given | trainer.recipe_settings)
 
 
 def adapter_of(trainer: Trainer) -> dict[str, Any]:
-    """What of an adapter's config decides over what its numbers mean, as JSON values; empty without an adapter.
+    """The method, and what of an adapter's config decides over what its numbers mean, as JSON values.
 
     The base is not among it: its weights are compared on loading.
     """
+    method = {"method": trainer.recipe_settings.get("method")}
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
-        return {}
+        return method
     ignored = (
         "inference_mode",
         "base_model_name_or_path",
@@ -279,7 +282,7 @@ def adapter_of(trainer: Trainer) -> dict[str, Any]:
     )
     ignored += ("save_dtype", "save_basis", "peft_version", "peft_tinylora_version")
     config = plain(model.peft_config["default"].to_dict())
-    return {name: value for name, value in config.items() if name not in ignored}
+    return method | {name: value for name, value in config.items() if name not in ignored}
 
 
 def plain(value: Any) -> Any:

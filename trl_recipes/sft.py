@@ -156,6 +156,7 @@ def main() -> None:
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(ShortProgressCallback(LOSS_PROGRESS))
 
+    trainer.recipe_settings = {"method": recipe_args.method, "tinylora_dtype": tinylora_args.tinylora_dtype}
     checkpoint = trainer.checkpoint_to_resume()
 
     # --- train

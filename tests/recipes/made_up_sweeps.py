@@ -35,7 +35,9 @@ def run(point: str, trained: int, seed: int, greedy: float | str, **changes) -> 
         "option:tinylora_n_tie": point,
         "reported": "",
     }
-    return OPTIONS | row | changes
+    row = OPTIONS | row | changes
+    options = [f"{name}={value}" for name, value in row.items() if name.startswith("option:")]
+    return {"configuration": " ".join(options)} | row
 
 
 def write_sweep(folder: Path, name: str, rows: list[dict]) -> Path:

@@ -179,7 +179,7 @@ def without(column: str) -> list[dict]:
         ([run("1", 0, 0, 0.5)], "trained_parameters of tiny/1 is 0.0: a logarithmic axis needs a number above 0"),
         ([run("1", "", 0, 0.5)], "trained_parameters of tiny/1 is ''"),
         (
-            [run("1", 1, 0, 0.5), run("b", 1, 0, 0.6, **{"option:tinylora_n_tie": "1.0"})],
+            [run("1", 1, 0, 0.5), run("b", 1, 0, 0.6, **{"option:tinylora_n_tie": "1"})],
             "series 'TinyLoRA': tiny/1 and tiny/b have the same options",
         ),
     ],

@@ -147,10 +147,10 @@ def test_tasks_of_a_job_array_are_all_runs_and_the_same_numbers_at_any_time(root
         run_sweep(monkeypatch, "--tasks", "8")
 
 
-def test_a_torn_result_cannot_be_there_and_a_last_line_that_is_none_fails(root, monkeypatch) -> None:
+def test_a_run_that_prints_no_result_fails(root, monkeypatch) -> None:
     write_sweep(root, points={"1": {"u": 1}}, seeds=[0])
     (root / "trl_recipes" / "grpo.py").write_text("print('all went well')")
-    with pytest.raises(RecipeError, match="its last line is no result: all went well"):
+    with pytest.raises(RecipeError, match="it printed no result; its last line: all went well"):
         run_sweep(monkeypatch)
     assert not list((root / "out").rglob("result.json"))
 
@@ -169,7 +169,13 @@ SCORER = """
 
 def test_measured_runs_are_scored_on_the_benchmarks_and_a_failure_there_costs_no_training(root, monkeypatch) -> None:
     (root / "trl_recipes" / "score.py").write_text(textwrap.dedent(SCORER))
-    options = {"dtype": "bfloat16", "load_in_4bit": True, "score_batch_size": 8, "max_completion_length": 77}
+    options = {
+        "dtype": "bfloat16",
+        "load_in_4bit": True,
+        "prompt_template": "{question}!",
+        "score_batch_size": 8,
+        "max_completion_length": 77,
+    }
     points = {"1": {"u": 1}, "9": {"u": 9, "method": "full"}}
     choose = {"seeds": [9]}
     write_sweep(root, options=options, points=points, seeds=[0], evaluate=["math500", "aime24"], choose=choose)
@@ -186,9 +192,11 @@ def test_measured_runs_are_scored_on_the_benchmarks_and_a_failure_there_costs_no
     scored = [json.loads(line) for line in (root / where / "scored").read_text().splitlines()]
     assert [options["--benchmark"] for options in scored] == ["math500", "aime24", "aime24"]
     assert scored[0] == {
-        "--adapter": str(where),
+        "--adapter": str(root / where),
         "--benchmark": "math500",
-        "--output_dir": str(where / "math500"),
+        "--controls": "False",
+        "--output_dir": str(root / where / "math500"),
+        "--prompt_template": "{question}!",
         "--dtype": "bfloat16",
         "--load_in_4bit": "True",
         "--max_completion_length": "77",
@@ -196,8 +204,47 @@ def test_measured_runs_are_scored_on_the_benchmarks_and_a_failure_there_costs_no
     }
     full = json.loads((root / "out" / "sizes" / "9" / "measure_seed_0" / "scored").read_text().splitlines()[0])
     assert (
-        full["--model_name_or_path"] == str(Path("out") / "sizes" / "9" / "measure_seed_0") and "--adapter" not in full
+        full["--model_name_or_path"] == str(root / "out" / "sizes" / "9" / "measure_seed_0")
+        and "--adapter" not in full
     )
+
+
+def test_what_a_library_says_as_it_ends_does_not_hide_the_result(root, monkeypatch) -> None:
+    write_sweep(root, points={"1": {"u": 1}}, seeds=[0])
+    with (root / "trl_recipes" / "grpo.py").open("a") as recipe:
+        recipe.write(
+            'print("{torn", file=sys.stderr)\nprint("[W] destroy_process_group() was not called", file=sys.stderr)\n'
+        )
+    run_sweep(monkeypatch)
+    assert len(results(root)) == 1
+
+
+def test_what_was_done_with_other_options_chooses_nothing(root, monkeypatch) -> None:
+    write_sweep(root, learning_rates=[0.1, 0.2], choose={"seeds": [9]}, points={"1": {"u": 1}})
+    run_sweep(monkeypatch, "--tasks", "0", "1")
+    write_sweep(root, learning_rates=[0.1, 0.2], choose={"seeds": [9]}, points={"1": {"u": 1}}, options={"best": 0.3})
+    with pytest.raises(RecipeError, match="holds a run with best: 0.2"):
+        run_sweep(monkeypatch, "--tasks", "2")
+
+
+def test_a_sweep_may_be_started_from_elsewhere(root, monkeypatch, tmp_path_factory) -> None:
+    write_sweep(root, points={"1": {"u": 1}}, seeds=[0])
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--sweeps", str(root / "sizes.yaml"), "--output_dir", "out"])
+    sweep_script.main()
+    assert not (root / "out").exists()
+    assert {path.name for path in (elsewhere / "out/sizes/1/measure_seed_0").iterdir()} == {
+        *("starts", "run.yaml", "log.txt", "result.json", ".lock")
+    }
+
+
+def test_where_nothing_is_scored_no_rate_is_chosen(root, monkeypatch) -> None:
+    recipe = root / "trl_recipes" / "grpo.py"
+    recipe.write_text(recipe.read_text().replace('"greedy_after": score', '"greedy_after": None'))
+    write_sweep(root, learning_rates=[0.1, 0.2])
+    with pytest.raises(RecipeError, match="nothing was scored, so no rate can be chosen: set eval_dataset_name"):
+        run_sweep(monkeypatch)
 
 
 def start_sweep(root: Path, *options: str) -> subprocess.Popen:
