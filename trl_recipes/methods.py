@@ -162,6 +162,11 @@ def prepare(trainer: Trainer, method: str, tinylora_dtype: str) -> None:
         RecipeError: for what would round v at each step, or shard the factors of LoRA-XS.
         BasisError, UnsupportedModuleError: if LoRA-XS cannot take its factors from a weight.
     """
+    if is_sharded(trainer) and getattr(trainer.model, "is_quantized", False):
+        raise RecipeError(
+            "a quantized base with FSDP2 or DeepSpeed, which nobody has tried with these recipes: start it with DDP, or leave "
+            "load_in_4bit and load_in_8bit out."
+        )
     if method == "full":
         return
     if method == "tinylora":
