@@ -13,12 +13,12 @@ import trl_recipes
 from trl_recipes import grpo, sft
 from trl_recipes.arguments import (
     RecipeError,
-    ScoreArguments,
     parse,
     refuse_lora_options,
     refuse_quantization_options,
 )
 from trl_recipes.problems import FILE_FORMATS
+from trl_recipes.score_arguments import ScoreArguments
 from trl_recipes.trainer_setup import refuse_rounding_options, tinylora_config
 
 
