@@ -258,8 +258,12 @@ def eval_result_files(facts: Facts) -> dict[str, str]:
             date=facts.date,
             notes=f"greedy, split {evaluation.split}, {evaluation.problems} problems, exact match of the marked answer",
         )
-        name = f".eval_results/peft_tinylora_{evaluation.dataset.rpartition('/')[2]}.yaml"
-        files[name] = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
+        # No id of the Hub holds `--`, so that two measurements never have one name.
+        measured = (*evaluation.dataset.split("/"), evaluation.config or "default", evaluation.split or "all")
+        name = "--".join(re.sub(r"[^\w.-]", "_", part) for part in measured)
+        files[f".eval_results/peft_tinylora_{name}.yaml"] = yaml.safe_dump(
+            eval_result_entries_to_yaml([entry]), sort_keys=False
+        )
     return files
 
 

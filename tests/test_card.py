@@ -27,6 +27,7 @@ from peft_tinylora.card import (
 )
 from peft_tinylora.describe import Description
 from peft_tinylora.errors import AdapterFileError
+from peft_tinylora.hub import is_of_adapter
 
 
 TRAINING = Training(
@@ -107,9 +108,21 @@ def test_the_metadata_is_what_the_hub_reads() -> None:
 
 def test_the_greedy_result_on_a_whole_dataset_is_a_file_that_the_hubs_parser_reads() -> None:
     [(name, text)] = eval_result_files(Facts(TRAINING, EVALUATION, date="2026-11-27")).items()
-    assert name == ".eval_results/peft_tinylora_gsm8k.yaml"
+    assert name == ".eval_results/peft_tinylora_openai--gsm8k--main--test.yaml"
     [entry] = parse_eval_result_entries(yaml.safe_load(text))
     assert (entry.dataset_id, entry.task_id, entry.value, entry.date) == ("openai/gsm8k", "main", 91.23, "2026-11-27")
+
+
+def test_datasets_configs_and_splits_have_files_of_their_own() -> None:
+    measured = [
+        Evaluation(dataset, 500, {"greedy": 0.1}, {"greedy": 0.2}, config, split)
+        for dataset, config, split in [
+            *[("a/MATH", None, "test"), ("b/MATH", None, "test")],
+            *[("a/MATH", "algebra/1", "test"), ("a/MATH", None, "train")],
+        ]
+    ]
+    names = eval_result_files(Facts(more=measured)).keys()
+    assert len(names) == 4 and all(is_of_adapter(name) for name in names)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +147,8 @@ def test_later_measurements_stand_beside_the_first_and_replace_one_on_the_same_p
     files = eval_result_files(facts)
     values = {name: yaml.safe_load(text)[0]["value"] for name, text in files.items()}
     assert values == {
-        ".eval_results/peft_tinylora_gsm8k.yaml": 95.0,
-        ".eval_results/peft_tinylora_math.yaml": 50.0,
+        ".eval_results/peft_tinylora_openai--gsm8k--main--test.yaml": 95.0,
+        ".eval_results/peft_tinylora_a--math--default--test.yaml": 50.0,
     }
 
 

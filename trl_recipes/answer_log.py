@@ -2,8 +2,9 @@
 
 The first line of the file holds the settings, each other one a completion:
 
-    {"variant": "adapter", "decoding": "greedy", "problem": 3, "sample": 0, "completion": "...", "strict": true, "lenient": true}
+    {"variant": "adapter", "decoding": "greedy", "problem": 3, "sample": 0, "completion": "..."}
 
+Verdicts are not here: they are passed anew whenever the answers are summed up, by one version of the rules for all of them.
 A line is written whole or, by a process that was killed, in part: what follows the last newline is cut off on opening.
 """
 
@@ -17,11 +18,12 @@ from trl_recipes.arguments import RecipeError
 
 
 FILE = "completions.jsonl"
+BEGINNING = b'{"settings"'
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion and the verdicts on it.
+    """One completion.
 
     Args:
         variant (`str`): which model, such as "adapter".
@@ -29,7 +31,6 @@ class Answer:
         problem (`int`): index of the problem.
         sample (`int`): which of the problem's samples.
         completion (`str`): the text.
-        strict, lenient (`bool`): whether the answer is right, see answers.py.
     """
 
     variant: str
@@ -37,8 +38,6 @@ class Answer:
     problem: int
     sample: int
     completion: str
-    strict: bool
-    lenient: bool
 
     @property
     def key(self) -> tuple[str, str, int, int]:
@@ -87,6 +86,8 @@ class AnswerLog:
         """Reads what is there, or begins it."""
         self.file.seek(0)
         data = self.file.read()
+        if not data.startswith(BEGINNING) and not BEGINNING.startswith(data):  # all of it, or torn
+            raise RecipeError(f"{path} is no file of score.py: name another output_dir.")
         whole = data[: data.rfind(b"\n") + 1]
         self.file.truncate(len(whole))
         lines = whole.decode("utf-8").splitlines()

@@ -1,7 +1,7 @@
 r"""A text -> the answer in it, twice: strictly, as training rewards it, and leniently, as a reader would find it.
 
-    strict     what the text marks: the line after its last `####` (GSM8K's mark) or the inside of its last balanced
-               `\boxed{}`, whichever comes last. A text with neither has no answer: a model that computes the right
+    strict     what the text marks: the line after its last `####` (GSM8K's mark) that begins no heading, or the inside of
+               its last balanced `\boxed{}`, whichever comes last. A text with neither has no answer: a model that computes the right
                number and does not say which one it is has not solved the problem, and is told so.
     lenient    the strict answer; without one, what follows "A:", "Answer:" or "the answer is"; without that, the last
                number of the text.
@@ -16,6 +16,12 @@ from trl_recipes.equal_answers import answers_agree, has_words, quantity_of
 
 
 ANSWER_MARK = "####"
+# `####` is a heading of Markdown too.
+HEADING = re.compile(
+    r"^\W*(?:step|part|case|method|problem|question|example)\b|^\W*\d{1,2}[.)]\s+[A-Za-z]|:\W*$", re.IGNORECASE
+)
+LABEL = re.compile(r"^[*_\s]*(?:the\s+)?(?:final\s+)?answer[*_\s]*(?::|=|$)[*_\s]*", re.IGNORECASE)
+LONGEST_LINE = 500  # characters; a longer one is no answer to any problem
 BRACES = re.compile(r"(?P<box>\\(?:boxed|fbox)\s*\{)|\\[{}]|[{}]")
 MOST_READ = 20_000  # characters at the end of a text in which an unmarked answer is looked for
 SAID = re.compile(
@@ -56,15 +62,43 @@ def gold_answer(gold: str | int | float) -> str:
 
 
 def strict_answer(text: str) -> str | None:
-    r"""Returns what the text marks: the line after its last `####` or its last `\boxed{}`, whichever comes last."""
+    r"""Returns what the text marks: the line of its last `####` or its last `\boxed{}`, whichever comes last."""
     start, boxed = last_box(text)
-    mark = text.rfind(ANSWER_MARK)
-    if mark == -1:
-        return boxed
-    line = text[mark + len(ANSWER_MARK) :].strip(" \t").partition("\n")[0].strip()
-    if boxed is not None and start > mark:  # in that line, or after it: then the mark began a heading
-        return boxed
-    return line or None
+    end, marked = last_mark(text)
+    # A box in the marked line, or after it, is the answer.
+    return boxed if boxed is not None and start > end else marked
+
+
+def last_mark(text: str) -> tuple[int, str | None]:
+    """Returns where the last `####` that marks an answer is, and the answer; -1 and None where there is no such mark."""
+    end = len(text.rstrip("# \t\n")) if text.rstrip().endswith(ANSWER_MARK) else len(text)  # "#### 18 ####"
+    after = ""  # the first line below that is not empty
+    for line in reversed(text[:end].split("\n")):
+        end -= len(line) + 1
+        before, mark, answer = line.rpartition(ANSWER_MARK)
+        if mark:
+            answer = answer.strip()
+            answer = answer if len(answer) > LONGEST_LINE else LABEL.sub("", answer)
+            if not answer and is_number(after):
+                answer = after
+            if answer and not is_heading(answer, after):
+                return end + 1 + len(before), answer
+        after = line.strip() or after
+    return -1, None
+
+
+def is_number(line: str) -> bool:
+    """Whether a line is an answer by itself."""
+    return len(line) <= LONGEST_LINE and quantity_of(line) is not None
+
+
+def is_heading(line: str, after: str) -> bool:
+    """Whether a marked line is the heading of what follows: by its form, or because it has no number and is not the end."""
+    if len(line) > LONGEST_LINE:
+        return False
+    return HEADING.search(line) is not None or (
+        bool(after) and has_words(line) and re.search(r"\d", line) is None and not is_number(line)
+    )
 
 
 def lenient_answer(text: str) -> str | None:

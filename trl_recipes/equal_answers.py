@@ -1,12 +1,13 @@
 r"""Two bare answers -> whether they are equal.
 
 Read in turn, and the first that can read both decides: as text, as quantities (an exact fraction, and a unit where one is
-given), as words, as lists, and as LaTeX by math_verify (latex_equality.py). Nothing is rounded here: 0.33 is not 1/3.
+given), as lists, as words, and as LaTeX by math_verify (latex_equality.py). Nothing is rounded here: 0.33 is not 1/3; and
+nothing is worked out where the true answer is a quantity: 9*2 is not 18, nor 2^{10} 1024.
 
     a unit       may be missing on one side (GSM8K's answers are bare numbers): "72 apples" and "$72" are 72. Two units of
                  one kind are converted, 1 hour is 60 minutes, and 5 cm is not 5 m.
     a percentage is its number of hundredths, or, against a bare number, that number: 50% is 0.5, and 50.
-    a list       has no order unless it has brackets: "1, 2" is "2, 1", and (1, 2) is not (2, 1).
+    a list       has no order unless one of the two has brackets: "1, 2" is "2, 1", and (1, 2) is neither (2, 1) nor "2, 1".
 """
 
 import re
@@ -38,17 +39,24 @@ SPELLINGS = {
     **{"\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{INFINITY}": r"\infty ", "\N{GREEK SMALL LETTER PI}": r"\pi "},
     **{"\N{SUPERSCRIPT TWO}": "^2", "\N{SUPERSCRIPT THREE}": "^3", "\N{VULGAR FRACTION ONE HALF}": r"\frac{1}{2}"},
     **{"\N{VULGAR FRACTION ONE QUARTER}": r"\frac{1}{4}", "\N{VULGAR FRACTION THREE QUARTERS}": r"\frac{3}{4}"},
+    **{r"\varnothing": r"\emptyset", "\N{EMPTY SET}": r"\emptyset", "\N{IDEOGRAPHIC FULL STOP}": "."},
     **{"{,}": ",", r"\dfrac": r"\frac", r"\tfrac": r"\frac", r"\$": "$", r"\%": "%"},
 }
-ROOT = re.compile(r"\N{SQUARE ROOT}\s*(?:\(([^()]*)\)|(\w+))")
+ROOT = re.compile(r"(?:\N{SQUARE ROOT}|(?<![A-Za-z\\])sqrt)\s*(?:\(([^()]*)\)|(\w+))")
 ABOUT = re.compile(r"^(?:\\approx\b|\\sim\b|\N{ALMOST EQUAL TO}|=)\s*")
 CHOICE = re.compile(r"^[({]?\s*([A-J])\s*[)}]?(?:[.:)]|$)\s*(.*)$", re.DOTALL)
 BRACKETS = {"(": ")]", "[": ")]", r"\{": (r"\}",)}
 AND_OR = re.compile(r",?\s*(?:\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b)\s*")
 THOUSANDS_IN_LIST = re.compile(r"(?<![\d,])\d{1,3}(?:,\d{3})+(?=, |$)")
-VARIABLE = re.compile(r"^\\?[A-Za-z](?:_\{?\w{1,5}\}?|\w{0,15})(?:\([a-z]\))?\s*(?:=|\\in\b)\s*")
+VARIABLE = re.compile(
+    r"^(?:m?\\angle\s*)?\\?[A-Za-z](?:_\{?\w{1,5}\}?|\w{0,15})'?(?:\(\w\))?\s*(?:=|\\in\b)\s*(?=[^=]*$)"
+)
 MALFORMED = re.compile(r"--|\+\+|(?:^|[^_^\d])\d+ \d")  # which math_verify reads as something
-ARITHMETIC = re.compile(r"^[\d\s.,+\-*/×÷()$%]+=\s*(?=[^=]*$)")
+ARITHMETIC = re.compile(
+    r"^(?=[^=]*\d\s*(?:[+\-*/×÷]|\\times|\\cdot|\\div))(?:[\d\s.,+\-*/×÷()$%]|\\times|\\cdot|\\div)+=\s*(?=[^=]*$)"
+)
+IN_BASE = re.compile(r"^([0-9A-F]+)_\{?(\d+)\}?$")
+LETTER = re.compile(r"[A-Za-z]")
 
 
 def answers_agree(found: str, gold: str) -> bool:
@@ -63,8 +71,11 @@ def answers_agree(found: str, gold: str) -> bool:
     if squeezed(plain_found) == squeezed(plain_gold):
         return True
     quantity, gold_quantity = read_quantity(plain_found), read_quantity(plain_gold)
-    if quantity is not None and gold_quantity is not None:
-        return quantity.agrees(gold_quantity)
+    if gold_quantity is not None:  # then a sum, a power or a list that comes to it is work left undone
+        return quantity is not None and quantity.agrees(gold_quantity)
+    in_base, gold_in_base = IN_BASE.match(squeezed(plain_found)), IN_BASE.match(squeezed(plain_gold))
+    if in_base is not None and gold_in_base is not None:
+        return in_base.groups() == gold_in_base.groups()
     verdict = lists_agree(plain_found, plain_gold)
     if verdict is not None:
         return verdict
@@ -79,11 +90,12 @@ def normalise(answer: str) -> str:
     answer = NOTHING.sub("", answer)
     for spelling, usual in SPELLINGS.items():
         answer = answer.replace(spelling, usual)
-    answer = SPACES.sub(" ", answer).strip(" *`").rstrip(".").strip()
+    answer = SPACES.sub(" ", answer).strip(' *`"').rstrip(".").strip()
     wrapped = WRAPPERS.match(answer)
     if wrapped is not None:
         answer = next(group for group in wrapped.groups() if group is not None).strip().rstrip(".").strip()
-    return ABOUT.sub("", DEGREES.sub(" degrees", answer).strip(" *`"))
+    answer = ABOUT.sub("", DEGREES.sub(" degrees", answer).strip(' *`"'))
+    return re.sub(r"^(?:\{([^{}]*)\}|\[([^][,]*)\])$", r"\1\2", answer)
 
 
 def quantity_of(answer: str) -> Quantity | None:
@@ -134,22 +146,21 @@ def words_of(answer: str) -> str:
 
 
 def lists_agree(found: str, gold: str) -> bool | None:
-    """Compares two lists of the same brackets item by item, those of braces or of none in any order; None where they are none."""
+    """Compares two lists item by item, in any order where neither has brackets other than braces; None where they are none."""
     (items, brackets), (gold_items, gold_brackets) = items_of(found), items_of(gold)
-    is_set, gold_is_set = brackets in ("", r"\{\}"), gold_brackets in ("", r"\{\}")
-    if len(gold_items) < 2 or len(items) < 2 or is_set != gold_is_set:
+    if min(len(items), len(gold_items)) < 2 or max(len(items), len(gold_items)) > MOST_ITEMS:
         return None
-    if len(items) != len(gold_items) or not (is_set or brackets == gold_brackets):
-        return None if is_set else False
-    if len(items) > MOST_ITEMS:
+    if r"\pm" in found + gold:  # an item may be several
         return None
-    if not is_set:
+    if len(items) != len(gold_items) or (brackets and gold_brackets and brackets != gold_brackets):
+        return False
+    if {brackets, gold_brackets} - {"", r"\{\}"}:
         return all(answers_agree(item, gold_item) for item, gold_item in zip(items, gold_items, strict=True))
     left = list(gold_items)
     for item in items:
         match = next((gold_item for gold_item in left if answers_agree(item, gold_item)), None)
         if match is None:
-            return None  # an item may be several, such as \pm 2
+            return False
         left.remove(match)
     return True
 
@@ -188,15 +199,33 @@ def encloses(inside: str) -> bool:
 def expressions_agree(found: str, gold: str) -> bool:
     """Compares two expressions by math_verify, where both are mathematics throughout."""
     found, gold = as_latex(found), as_latex(gold)
-    if not found or not gold or has_words(found) or has_words(gold) or MALFORMED.search(found):
+    if not found or not gold or MALFORMED.search(found):
         return False
+    if has_words(found) or has_words(gold):
+        if letters_of(found) != letters_of(gold):
+            return False
+        found, gold = braced(found), braced(gold)  # xy is x times y where both sides are made of the same letters
     return squeezed(found) == squeezed(gold) or latex_agrees(found, gold)
+
+
+def letters_of(text: str) -> set[str]:
+    """The letters in it that are no command's."""
+    return set(LETTER.findall(COMMAND.sub(" ", text)))
+
+
+def braced(text: str) -> str:
+    """Letters as factors, in braces: math_verify takes "hr" for hours, and "ac" at the end of a term for a unit."""
+    return re.sub(
+        r"(?<![\\A-Za-z])[A-Za-z]+(?!\s*_)",
+        lambda run: run[0] if run[0] in {"e", "i", *FUNCTIONS} else "".join(f"{{{letter}}}" for letter in run[0]),
+        text,
+    )
 
 
 def as_latex(answer: str) -> str:
     r"""What math_verify reads well: no unit behind, "and" and "or" as commas, a number as a number."""
     quantity = read_quantity(unwrap(answer))
-    if quantity is not None:
+    if quantity is not None and "=" not in answer:
         return str(replace(quantity, unit=None))
     answer = AND_OR.sub(",", answer)
     answer = re.sub(r"(?<=[^\s,])\s*\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}(?:\s*\^\{?[23]\}?)?$", "", answer)

@@ -1,4 +1,4 @@
-"""Variants of a model and problems -> verdicts on every answer, and what they add up to: accuracies and differences.
+"""Variants of a model and problems -> an answer to each, verdicts on them, and what they add up to: accuracies and differences.
 
 Decodings:
 
@@ -21,7 +21,7 @@ from tqdm import tqdm
 from trl_recipes.answer_log import Answer, AnswerLog
 from trl_recipes.answers import is_correct
 from trl_recipes.paired import accuracy, difference
-from trl_recipes.variants import ADAPTER, BASE, ZERO, Sampling, Variant
+from trl_recipes.variants import BASE, ZERO, Sampling, Variant
 
 
 GREEDY, SAMPLED, SAMPLES = "greedy", "sampled", "samples"
@@ -68,13 +68,21 @@ def evaluate(variants: Sequence[Variant], problems: Sequence[dict], plan: Plan, 
     for variant in variants:
         with variant.active():
             for decoding, count in plan.decodings.items():
-                _answer_all(variant, decoding, count, problems, plan, log)
+                answer_all(variant, decoding, count, problems, plan, log, progress=f"{variant.name}, {decoding}")
 
 
-def _answer_all(
-    variant: Variant, decoding: str, count: int, problems: Sequence[dict], plan: Plan, log: AnswerLog
+def answer_all(
+    variant: Variant,
+    decoding: str,
+    count: int,
+    problems: Sequence[dict],
+    plan: Plan,
+    log: AnswerLog,
+    *,
+    sampled_seed: int = 0,
+    progress: str | None = None,
 ) -> None:
-    """Fills the log with the answers of one variant and decoding."""
+    """Fills the log with the answers of one variant, which is active, and decoding; `sampled_seed` is that of "sampled"."""
     asked = [(problem, sample) for problem in range(len(problems)) for sample in range(count)]
 
     def is_there(part: list[tuple[int, int]]) -> bool:
@@ -85,8 +93,8 @@ def _answer_all(
     sampling = {GREEDY: None, SAMPLED: Sampling(), SAMPLES: plan.sampling}[decoding]
     starts = range(0, len(asked), variant.batch_size)
     with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for start in tqdm(starts, desc=f"{variant.name}, {decoding}", leave=False):
+        torch.manual_seed(sampled_seed)
+        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
             part = asked[start : start + variant.batch_size]
             if decoding != SAMPLED and is_there(part):
                 continue
@@ -94,11 +102,7 @@ def _answer_all(
                 torch.manual_seed(seed_of_batch(plan.seed, start))
             completions = variant.complete([problems[problem]["prompt"] for problem, _ in part], sampling)
             log.add(
-                Answer(
-                    *(variant.name, decoding, problem, sample, completion),
-                    strict=is_correct(completion, problems[problem]["answer"]),
-                    lenient=is_correct(completion, problems[problem]["answer"], lenient=True),
-                )
+                Answer(variant.name, decoding, problem, sample, completion)
                 for (problem, sample), completion in zip(part, completions, strict=True)
             )
 
@@ -108,34 +112,41 @@ def seed_of_batch(seed: int, start: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {start}".encode()).digest()[:8]) >> 1
 
 
-def summarize(variants: Sequence[str], problems: int, plan: Plan, log: AnswerLog) -> dict:
+def summarize(variants: Sequence[str], problems: Sequence[dict], plan: Plan, log: AnswerLog) -> dict:
     """
     What the answers add up to.
 
     Args:
         variants (`Sequence[str]`):
             Names, the one asked for first.
-        problems (`int`):
-            How many there are.
+        problems (`Sequence[dict]`):
+            Those that were answered.
         plan ([`Plan`]), log ([`AnswerLog`]):
             Of [`evaluate`], which has run.
 
     Returns:
         `dict`: "variants", `{name: {decoding: {"strict", "lenient"}}}` with means and standard errors; "difference",
-        adapter minus base, `{decoding: {"strict", "lenient"}}`; and "changed_by_zero_adapter", how many greedy answers
-        of the zero adapter are not the base's. The last two are `None` without controls.
+        the first minus the base, `{decoding: {"strict", "lenient"}}`; and "changed_by_zero_adapter", how many greedy answers
+        of the zero adapter are not the base's. The last two are `None` without these.
     """
 
     def answers(variant: str, decoding: str) -> list[list[Answer]]:
         samples = range(plan.decodings[decoding])
-        return [[log.answers[variant, decoding, problem, n] for n in samples] for problem in range(problems)]
+        return [[log.answers[variant, decoding, problem, n] for n in samples] for problem in range(len(problems))]
 
-    def verdicts(variant: str, decoding: str, level: str) -> list[list[bool]]:
-        return [[getattr(answer, level) for answer in samples] for samples in answers(variant, decoding)]
+    judged = {
+        (variant, decoding, level): [
+            [is_correct(answer.completion, problem["answer"], lenient=level == "lenient") for answer in samples]
+            for samples, problem in zip(answers(variant, decoding), problems, strict=True)
+        ]
+        for variant in variants
+        for decoding in plan.decodings
+        for level in LEVELS
+    }
 
     measured = {
         variant: {
-            decoding: {level: asdict(accuracy(verdicts(variant, decoding, level))) for level in LEVELS}
+            decoding: {level: asdict(accuracy(judged[variant, decoding, level])) for level in LEVELS}
             for decoding in plan.decodings
         }
         for variant in variants
@@ -144,7 +155,7 @@ def summarize(variants: Sequence[str], problems: int, plan: Plan, log: AnswerLog
     if BASE in variants:
         gain = {
             decoding: {
-                level: asdict(difference(verdicts(ADAPTER, decoding, level), verdicts(BASE, decoding, level)))
+                level: asdict(difference(judged[variants[0], decoding, level], judged[BASE, decoding, level]))
                 for level in LEVELS
             }
             for decoding in plan.decodings

@@ -19,9 +19,10 @@ def table(result: dict) -> str:
             lines.append(
                 f"| {variant} | {shown_decoding(decoding, result)} | {' | '.join(map(shown, levels.values()))} |"
             )
+    asked = next(iter(result["variants"]))
     for decoding, levels in (result["difference"] or {}).items():
         differences = " | ".join(map(shown_difference, levels.values()))
-        lines.append(f"| {ADAPTER} - {BASE} | {shown_decoding(decoding, result)} | {differences} |")
+        lines.append(f"| {asked} - {BASE} | {shown_decoding(decoding, result)} | {differences} |")
     return "\n".join(lines) + "\n"
 
 
@@ -54,6 +55,8 @@ def explained(result: dict) -> str:
         "95 % confidence interval of the paired difference. Strict reads the marked answer, as training rewards it; "
         "lenient also what the text calls its answer, or its last number."
     ]
+    if result.get("base_model") is not None:
+        notes.append(f"The base is `{relative(result['base_model'])}`.")
     if changed is not None:
         notes.append(f"The zero adapter changes {changed} of the base's greedy answers, by rounding alone.")
     return table(result) + "\n" + " ".join(notes) + "\n"

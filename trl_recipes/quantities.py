@@ -8,14 +8,17 @@ from fractions import Fraction
 # Longer digit strings are no answers, and Python refuses to convert thousands of digits.
 DIGITS = r"[0-9]{1,100}"
 DECIMAL = rf"(?:{DIGITS}(?:\.[0-9]{{0,100}})?|\.{DIGITS})"
-THOUSANDS = re.compile(r"(?<![0-9,.])[0-9]{1,3}(,[0-9]{3})+(?!,?[0-9])")
+THOUSANDS = re.compile(
+    r"(?<![0-9,.])[0-9]{1,3}(,[0-9]{3})+(?!,?[0-9])|^[^\d\s]{0,3}[1-9][0-9]{0,2}( [0-9]{3})+(?![ ]?[0-9/])"
+)
 # A fraction of LaTeX is written a/b first, and a repeating decimal as a fraction.
-FRACTION = re.compile(rf"\\frac\s*(?:\{{\s*(-?)\s*({DIGITS})\s*\}}\s*\{{\s*({DIGITS})\s*\}}|()([0-9])\s*([0-9]))")
+PART = rf"\s*(?:\{{\s*(-?)\s*({DECIMAL})\s*\}}|([0-9]))"
+FRACTION = re.compile(rf"\\frac{PART}{PART}")
 REPEATING = re.compile(
     r"([0-9]{0,20})\.([0-9]{0,20})(?:\\overline\s*\{([0-9]{1,20})\}|\\dot\s*\{([0-9])\})(?:\.\.\.|\\ldots)?"
 )
 NUMBER = re.compile(
-    rf"""(?P<mixed>(?P<whole>{DIGITS})\s+(?P<over>{DIGITS})/(?P<under>{DIGITS})(?![\d/.]))
+    rf"""(?P<mixed>(?P<whole>{DIGITS})\s+(?:and\s+)?(?P<over>{DIGITS})/(?P<under>{DIGITS})(?![\d/.]))
     |(?P<power>10\s*\^\s*\{{?\s*(?P<power_of_ten>[+-]?\d{{1,3}})\s*\}}?(?!\d))
     |(?P<numerator>{DECIMAL})(?:
         \s*/\s*(?P<denominator>{DECIMAL})(?![\d/])
@@ -38,11 +41,6 @@ CHANGES_BEFORE = re.compile(
     r"|problem|question|example|method|plus|times|divided|sqrt|log|ln|exp|sin|cos|tan|pi)\b",
     re.IGNORECASE,
 )
-CHANGES_AFTER = re.compile(
-    r"\b(?:or|not|half|halves|third|thirds|fourths?|fifths?|tenths?|pi|sqrt|log|ln|sin|cos|tan|mod|plus|minus|times ten|squared|cubed)\b"
-    r"|^[A-Za-z]$|^[a-z][ /*+-]",
-    re.IGNORECASE,
-)
 SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 SCALE = re.compile(rf"^({'|'.join(SCALES)})\b", re.IGNORECASE)
 ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
@@ -51,6 +49,14 @@ SPELLED = {word: value for value, word in enumerate(ONES.split())}
 SPELLED |= {word: 10 * value for value, word in enumerate(TENS.split(), start=2)}
 SPELLED_NUMBER = re.compile(
     rf"^(?:({'|'.join(TENS.split())})[- ]({'|'.join(ONES.split()[1:10])})|({'|'.join(SPELLED)}))\b(?!-)", re.IGNORECASE
+)
+ORDINAL_STEMS = "four fif six seven eigh nin ten eleven twelf " + " ".join([*ONES.split()[13:], "twentie", "thirtie"])
+CHANGES_AFTER = re.compile(
+    rf"\b(?:{'|'.join([*SPELLED, *SCALES])}|(?:{'|'.join(ORDINAL_STEMS.split())}|hundred|thousand|million|billion)ths?|thirds?"
+    r"|half|halves|not|or|and|with|maybe|over|divided|multiplied|times(?! (?:as|a|per)\b|$)|plus|minus|less|than|root|sqrt"
+    r"|squared|cubed|power|factorial|choose|point|remainder|mod|base|pi|log|ln|sin|cos|tan|mil|mn|bn|lakh|crore|quadrillion)\b"
+    r"|^[A-Za-z]$|^[a-z][ /*+-]",
+    re.IGNORECASE,
 )
 TIME = re.compile(r"^(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s?m\.?)?$", re.IGNORECASE)
 # unit -> (what it measures, how many of the smallest)
@@ -82,7 +88,10 @@ UNITS = {
     "yen": ("yen", 1),
     "rupee": ("rupees", 1),
     "degree": ("angle", 180),
+    "mph": ("length per time", Fraction(1609344, 3600)),
+    **dict.fromkeys(("kmh", "kph"), ("length per time", Fraction(10**6, 3600))),
 }
+PER = re.compile(r"\s*/\s*|\s*\bper\s+")
 
 
 @dataclass(frozen=True)
@@ -93,19 +102,21 @@ class Quantity:
         value (`Fraction`): the number, exactly.
         unit (`tuple[str, Fraction]`, *optional*): what it measures, and how many of the smallest unit of that kind.
         is_percentage (`bool`): whether `value` counts hundredths.
+        words (`frozenset[str]`): the unit as it was written, without the s of the plural; empty where there is none.
     """
 
     value: Fraction
     unit: tuple[str, Fraction] | None = None
     is_percentage: bool = False
+    words: frozenset[str] = frozenset()
 
     def agrees(self, gold: "Quantity") -> bool:
         """Whether it is the same as the true one."""
         if self.is_percentage != gold.is_percentage:
             percentage, number = (self, gold) if self.is_percentage else (gold, self)
             return number.value in (percentage.value, percentage.value / 100)
-        if self.unit is None or gold.unit is None:
-            return self.value == gold.value
+        if self.unit is None or gold.unit is None:  # "72 apples left" are "72 apples", and 5 boys no 5 girls
+            return self.value == gold.value and (self.words <= gold.words or gold.words <= self.words)
         return self.unit[0] == gold.unit[0] and self.value * self.unit[1] == gold.value * gold.unit[1]
 
     def __str__(self) -> str:
@@ -135,6 +146,12 @@ def read_quantity(answer: str) -> Quantity | None:
     if found is None:
         return None
     value, currency, rest = found
+    aside = re.search(r"\s*\(([A-Za-z -]{1,50})\)$", rest)
+    if aside is not None:  # 18 (eighteen), 18 (dollars)
+        said = read_spelled(aside[1])
+        if not is_unit(aside[1]) and (said is None or said[0] != value or not is_unit(said[2])):
+            return None
+        rest = rest[: aside.start()]
     scale = SCALE.match(rest)
     if scale is not None:
         value, rest = value * SCALES[scale[1].lower()], rest[scale.end() :].strip()
@@ -145,7 +162,14 @@ def read_quantity(answer: str) -> Quantity | None:
         currency, rest = CURRENCIES[rest], ""
     if not is_unit(rest):
         return None
-    return Quantity(value, UNITS.get(currency) if currency else unit_of(rest))
+    if currency:
+        rest = f"{currency} {rest}" if PER.match(rest) else currency
+    return Quantity(value, unit_of(rest), words=words_of_unit(rest))
+
+
+def words_of_unit(rest: str) -> frozenset[str]:
+    """The words of a unit, without points and the s of the plural."""
+    return frozenset(word.removesuffix("s") for word in re.findall(r"[a-zµ]+", rest.lower().replace(".", "")))
 
 
 def plain_digits(answer: str) -> str:
@@ -158,12 +182,12 @@ def plain_digits(answer: str) -> str:
         return f"{over}/{every * 10 ** len(fixed)}"
 
     def of_fraction(fraction: re.Match) -> str:
-        sign, over, under = fraction.groups()[:3] if fraction[2] else fraction.groups()[3:]
-        return f" {sign}{over}/{under}"
+        sign, over, over_digit, under_sign, under, under_digit = fraction.groups(default="")
+        sign = "-" if sign != under_sign else ""
+        return f" {sign}{over or over_digit}/{under or under_digit}"
 
-    answer = FRACTION.sub(of_fraction, REPEATING.sub(of_repeating, answer))
-    answer = THOUSANDS.sub(lambda number: number.group().replace(",", ""), answer).strip().rstrip(".")
-    return re.sub(r"(?<=\w)\s*\([A-Za-z ]{1,50}\)$", "", answer)  # 18 (eighteen)
+    answer = THOUSANDS.sub(lambda number: number.group().replace(",", "").replace(" ", ""), answer)
+    return FRACTION.sub(of_fraction, REPEATING.sub(of_repeating, answer)).strip().rstrip(".")
 
 
 def read_signed(answer: str) -> tuple[Fraction, str | None, str] | None:
@@ -213,25 +237,33 @@ def read_spelled(answer: str) -> tuple[Fraction, None, str] | None:
 
 def is_unit(rest: str) -> bool:
     """Whether what follows a number leaves it the number it is."""
-    if UNIT.match(rest) is None:
-        return False
-    first = re.split(r"\s*/\s*|\s+per\s+", rest, maxsplit=1)[0]
-    return unit_of(first) is not None or CHANGES_AFTER.search(rest) is None
+    return UNIT.match(rest) is not None and (unit_of(rest) is not None or CHANGES_AFTER.search(rest) is None)
 
 
 def unit_of(rest: str) -> tuple[str, Fraction] | None:
     """Returns what a unit measures, and how many of the smallest it is; None for "apples" and what else has no kind."""
+    parts = [simple_unit(part) for part in PER.split(rest.strip())]
+    if len(parts) > 2 or None in parts:
+        return None
+    kind, size = parts[0]
+    return (kind, size) if len(parts) == 1 else (f"{kind} per {parts[1][0]}", size / parts[1][1])
+
+
+def simple_unit(rest: str) -> tuple[str, Fraction] | None:
+    """The same of a unit that is no rate."""
+    if re.fullmatch("[A-KM-Z]", rest.strip()):  # 5 M are no meters
+        return None
     name = " ".join(rest.lower().strip(" .").split())
     squared = re.fullmatch(r"(?:square |sq\.? ?)?([a-zµ]+)(?:\s*(?:\^\s*\{?([23])\}?|([²³])))?", name)
-    if squared is None:
+    if squared is None and name not in UNITS:
         return None
-    known = (
-        UNITS.get(squared[1]) or UNITS.get(squared[1].removesuffix("s")) or UNITS.get(squared[1].removesuffix("es"))
-    )
+    base = name if squared is None else squared[1]
+    known = UNITS.get(base) or UNITS.get(base.removesuffix("s")) or UNITS.get(base.removesuffix("es"))
     if known is None:
         return None
     kind, size = known
-    power = 2 if name.startswith("sq") else int((squared[2] or squared[3] or "1").replace("²", "2").replace("³", "3"))
-    if name.startswith("sq") and squared[1].startswith("sq"):
-        power = 1
+    power = 1
+    if squared is not None:
+        power = int((squared[2] or squared[3] or "1").replace("²", "2").replace("³", "3"))
+        power = 2 if name.startswith("sq") else power
     return (kind, Fraction(size)) if power == 1 else (f"{kind}^{power}", Fraction(size) ** power)

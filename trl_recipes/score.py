@@ -12,6 +12,7 @@ of their batch, with the model in the dtype that it was loaded in, with dropout 
 batch size, dtype, device and number of threads give the same answers; the script prints all of them.
 """
 
+import gc
 import hashlib
 import json
 import logging
@@ -19,7 +20,8 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 
@@ -31,7 +33,6 @@ import torch  # noqa: E402
 from accelerate import PartialState  # noqa: E402
 from datasets import Dataset  # noqa: E402
 from peft import PeftConfig, PeftModel  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
@@ -47,15 +48,27 @@ from trl_recipes.arguments import (  # noqa: E402
     refuse_quantization_options,
 )
 from trl_recipes.benchmark_sets import BENCHMARKS, fill_in_benchmark, load_benchmark_rows  # noqa: E402
-from trl_recipes.completing import complete, evaluation_mode, generation_config  # noqa: E402
-from trl_recipes.evaluation import Plan, evaluate, greedy_completions, summarize  # noqa: E402
+from trl_recipes.evaluation import (  # noqa: E402
+    GREEDY,
+    SAMPLED,
+    Plan,
+    answer_all,
+    evaluate,
+    greedy_completions,
+    summarize,
+)
 from trl_recipes.evaluation_report import check_card_can_be_updated, update_card, write_report  # noqa: E402
 from trl_recipes.problems import load_rows, to_problems  # noqa: E402
 from trl_recipes.rewards import exact_match_reward  # noqa: E402
 from trl_recipes.score_arguments import ScoreArguments  # noqa: E402
 from trl_recipes.trainer_setup import hide_known_noise, load_tokenizer, quantization_of  # noqa: E402
 from trl_recipes.variants import (  # noqa: E402
+    BASE,
+    MODEL,
     Sampling,
+    Variant,
+    asks_model,
+    check_base_model,
     load_for_scoring,
     refuse_options_of_a_loaded_model,
     variants_of_model,
@@ -129,15 +142,10 @@ def score(
         raise ValueError("score needs at least one problem, and got none.")
     if tokenizer.padding_side != "left":
         raise ValueError(f"generation needs padding_side='left', and this tokenizer has {tokenizer.padding_side!r}.")
-    config = generation_config(model, tokenizer, max_completion_length, sampled)
-    completions = []
-    starts = range(0, len(problems), batch_size)
-    with evaluation_mode(model), torch.no_grad(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in tqdm(starts, desc=progress, disable=progress is None, leave=False):
-            prompts = [problem["prompt"] for problem in problems[start : start + batch_size]]
-            completions += complete(model, tokenizer, prompts, config)
-    return scored(problems, completions)
+    variant = Variant(MODEL, asks_model(model, tokenizer, max_completion_length), nullcontext, batch_size)
+    log, decoding = AnswerLog(None, {}), SAMPLED if sampled else GREEDY
+    answer_all(variant, decoding, 1, problems, Plan(), log, sampled_seed=seed, progress=progress)
+    return scored(problems, [answer.completion for answer in log.answers.values()])
 
 
 def digest_of(what: object) -> str:
@@ -218,6 +226,7 @@ def main() -> None:
     refuse_lora_options(model_args)
     refuse_quantization_options(model_args)
     check_card_can_be_updated(arguments)
+    check_base_model(arguments)
     if arguments.benchmark is not None:
         fill_in_benchmark(arguments)
     if arguments.dataset is None:
@@ -247,6 +256,7 @@ def main() -> None:
         "model_revision": model_args.model_revision,
         "quantization": quantization_of(model_args),
         "attn_implementation": model_args.attn_implementation,
+        "base_model": arguments.base_model,
         "adapter": arguments.adapter,
         "adapter_sha256": digest_of_adapter(arguments.adapter),
         "basis": arguments.basis,
@@ -254,17 +264,26 @@ def main() -> None:
         "max_completion_length": arguments.max_completion_length,
     }
     settings |= {"samples": arguments.samples, "temperature": sampling.temperature, "top_p": sampling.top_p}
-    settings |= {"seed": arguments.seed} | {name: value for name, value in run.items() if name != "servers"}
+    if arguments.vllm_server_base_url is None:
+        settings |= {"seed": arguments.seed} | run
     folder = None if arguments.output_dir is None else Path(arguments.output_dir)
     log = AnswerLog(folder, settings)
     evaluate(variants, problems, plan, log)
-
     names = [variant.name for variant in variants]
-    summary = summarize(names, len(problems), plan, log)
+    if arguments.base_model is not None:
+        del variants, model  # before the other is loaded: the memory may hold one of them
+        gc.collect()
+        base_args = replace(model_args, model_name_or_path=arguments.base_model, model_revision="main")
+        ask = asks_model(load_for_scoring(arguments, base_args), tokenizer, arguments.max_completion_length)
+        evaluate([Variant(BASE, ask, nullcontext, arguments.batch_size)], problems, plan, log)
+        names.append(BASE)
+
+    summary = summarize(names, problems, plan, log)
     asked = summary["variants"][names[0]]
     result = {
         "model": model_args.model_name_or_path,
         "adapter": arguments.adapter,
+        "base_model": arguments.base_model,
         "benchmark": arguments.benchmark,
         "dataset": arguments.dataset,
         "problems": len(problems),
@@ -275,7 +294,7 @@ def main() -> None:
         result["sampled"] = asked["sampled"]["strict"]["mean"]
     result |= {"max_completion_length": arguments.max_completion_length} | run
     if arguments.samples:
-        result |= {name: settings[name] for name in ("samples", "temperature", "top_p", "seed")}
+        result |= {name: settings[name] for name in ("samples", "temperature", "top_p", "seed") if name in settings}
     result |= summary
     print(json.dumps(result), flush=True)
     if folder is not None:
@@ -313,7 +332,9 @@ def digest_of_adapter(adapter: str | None) -> str | None:
 
 def options_of(arguments: ScoreArguments, model_args: ModelConfig) -> str:
     """Returns the options that measure the same again, without those that say where to put it."""
-    left_out = ("adapter", "output_dir", "update_card", "vllm_server_base_url", "model_name_or_path", "use_peft")
+    left_out = ["adapter", "output_dir", "update_card", "vllm_server_base_url", "model_name_or_path", "use_peft"]
+    if arguments.vllm_server_base_url is not None:  # which draw with their own
+        left_out.append("seed")
     shown = {f.name: vars(arguments)[f.name] for f in fields(ScoreArguments) if f.name not in left_out}
     shown |= {name: value for name, value in vars(model_args).items() if name not in (*left_out, *LORA_OPTIONS)}
     defaults = {f.name: f.default for f in (*fields(ScoreArguments), *fields(ModelConfig))}

@@ -20,6 +20,9 @@ class ScoreArguments(ProblemArguments):
             Its split; a file is one split.
         adapter (`str`, *optional*):
             A saved adapter, folder or id. Without it the base model is scored.
+        base_model (`str`, *optional*):
+            The untrained model, to compare a merged or fully fine-tuned one with under the same prompts. Of an adapter it
+            is measured anyway; servers do not need it, of which each has one base.
         basis (`str`, *optional*):
             `basis` of the adapter's config, in place of the saved one.
         batch_size (`int`, *optional*, defaults to `64`):
@@ -35,7 +38,7 @@ class ScoreArguments(ProblemArguments):
         temperature, top_p (`float`, *optional*, default to `1.0`):
             How these are drawn.
         seed (`int`, *optional*, defaults to `0`):
-            Of these.
+            Of these. Servers draw with their own.
         controls (`bool`, *optional*, defaults to `True`):
             Whether to score, beside an adapter, the zero adapter and the base.
         output_dir (`str`, *optional*):
@@ -65,6 +68,13 @@ class ScoreArguments(ProblemArguments):
     dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration."})
     dataset_split: str = field(default="test", metadata={"help": "The dataset's split (a file is one split)."})
     adapter: str | None = field(default=None, metadata={"help": "A saved adapter: folder or id (None: the base)."})
+    base_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "The untrained model to compare a merged or fully fine-tuned one with (an adapter's base is measured "
+            "anyway)."
+        },
+    )
     basis: str | None = field(
         default=None,
         metadata={
@@ -87,7 +97,7 @@ class ScoreArguments(ProblemArguments):
     )
     temperature: float = field(default=1.0, metadata={"help": "Temperature of `samples`."})
     top_p: float = field(default=1.0, metadata={"help": "Nucleus of `samples`."})
-    seed: int = field(default=0, metadata={"help": "Seed of `samples`."})
+    seed: int = field(default=0, metadata={"help": "Seed of `samples`; servers draw with their own."})
     controls: bool = field(
         default=True, metadata={"help": "Score the zero adapter and the base beside an adapter, and the difference."}
     )

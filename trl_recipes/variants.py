@@ -7,7 +7,8 @@
 
 The zero of a TinyLoRA is v = 0, that of a plain LoRA B = 0, with whole modules that training saved back at the base's. Of
 DoRA, and of methods that multiply, no zero is the base's function, so that they have two variants. A model without an
-adapter (a base, a merged one, a full fine-tune) is a variant alone, "model".
+adapter (a base, a merged one, a full fine-tune) is a variant alone, "model", or beside the untrained one that `base_model`
+names, which is loaded after it.
 """
 
 from collections.abc import Callable, Iterator
@@ -65,22 +66,40 @@ def variants_of_model(
     tokenizer: PreTrainedTokenizerBase,
     arguments: ScoreArguments,
 ) -> list[Variant]:
-    """The variants of a loaded model, the one that is asked for first."""
+    """The variants of a loaded model, the one that is asked for first.
 
-    def ask(prompts: list, sampling: Sampling | None) -> list[str]:
-        drawn = sampling or Sampling()
-        config = generation_config(
-            model, tokenizer, arguments.max_completion_length, sampling is not None, drawn.temperature, drawn.top_p
-        )
-        with evaluation_mode(model), torch.no_grad():
-            return complete(model, tokenizer, prompts, config)
-
+    Raises:
+        RecipeError: if the base cannot be had by switching the adapter off.
+    """
+    ask = asks_model(model, tokenizer, arguments.max_completion_length)
     states = {ADAPTER if isinstance(model, PeftModel) else MODEL: nullcontext}
     if isinstance(model, PeftModel) and arguments.controls:
         if zeroed_parameters(model):
             states[ZERO] = lambda: zeroed(model)
+        bias = getattr(model.peft_config[model.active_adapter], "bias", "none")
+        if bias != "none":
+            raise RecipeError(
+                f"the adapter was trained with bias={bias!r}: its biases stay when it is switched off, so that this is no "
+                "base: set controls: false."
+            )
         states[BASE] = model.disable_adapter
     return [Variant(name, ask, active, arguments.batch_size) for name, active in states.items()]
+
+
+def asks_model(
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, max_completion_length: int
+) -> Callable[[list, Sampling | None], list[str]]:
+    """Returns what [`Variant`] calls `complete`, of a loaded model."""
+
+    def ask(prompts: list, sampling: Sampling | None) -> list[str]:
+        drawn = sampling or Sampling()
+        config = generation_config(
+            model, tokenizer, max_completion_length, sampling is not None, drawn.temperature, drawn.top_p
+        )
+        with evaluation_mode(model), torch.no_grad():
+            return complete(model, tokenizer, prompts, config)
+
+    return ask
 
 
 def variants_on_servers(
@@ -146,6 +165,21 @@ def refuse_options_of_a_loaded_model(arguments: ScoreArguments, model_args: Mode
     if names:
         raise RecipeError(
             f"{', '.join(names)} with vllm_server_base_url: the servers have their own weights: leave it out."
+        )
+
+
+def check_base_model(arguments: ScoreArguments) -> None:
+    """Raises [`RecipeError`] where `base_model` is given and the base is measured without it, or cannot be loaded."""
+    if arguments.base_model is None:
+        return
+    if arguments.adapter is not None:
+        raise RecipeError(
+            f"base_model={arguments.base_model!r} with an adapter: its own base is measured beside it: leave base_model out."
+        )
+    if arguments.vllm_server_base_url is not None:
+        raise RecipeError(
+            f"base_model={arguments.base_model!r} with vllm_server_base_url: a server has one base, so score each model "
+            "with a server of its own, or leave vllm_server_base_url out."
         )
 
 

@@ -14,7 +14,7 @@ EMBEDDED = ROOT / "trl_recipes" / "embedded" / "model"
 PROMPT = "Problem: Ben has 28 euros saved. He spends 7. How many euros are left?\nSolution:"
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
 REPORT = {"README.md", "recipe.yaml", "reward_curve.csv", "reward_curve.png"}
-RESULTS = {".eval_results/peft_tinylora_gsm8k.yaml"}
+RESULTS = {".eval_results/peft_tinylora_openai--gsm8k--main--test.yaml"}
 WORKER = """
 import contextlib, io, json, sys, time, traceback
 waits, sleep, space = [], time.sleep, {}

@@ -228,5 +228,5 @@ def test_the_card_of_the_hub_is_read_by_its_own_parsers(hub, trainer, adapter) -
         ("openai/gsm8k", "main", 0.9123),
         ("openai/gsm8k", "main", 0.6),
     ]
-    [entry] = yaml.safe_load(files[".eval_results/peft_tinylora_gsm8k.yaml"])
+    [entry] = yaml.safe_load(files[".eval_results/peft_tinylora_openai--gsm8k--main--test.yaml"])
     assert entry["dataset"] == {"id": "openai/gsm8k", "task_id": "main"} and entry["value"] == 91.23

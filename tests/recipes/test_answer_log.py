@@ -11,7 +11,7 @@ from trl_recipes.arguments import RecipeError
 
 
 SETTINGS = {"model": "a/b", "samples": 2, "problems_sha256": "0" * 16}
-SOME = [Answer("adapter", "greedy", n, 0, f"ü\u2028\n{n}\ud800", n % 2 == 0, True) for n in range(5)]
+SOME = [Answer("adapter", "greedy", n, 0, f"ü\u2028\n{n}\ud800") for n in range(5)]
 
 
 def test_answers_come_back_as_they_were(tmp_path: Path) -> None:
@@ -56,7 +56,18 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     assert (tmp_path / FILE).read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["no JSON\n", "[1]\n", '{"settings": {}}\n{"a": 1}\n', '{"other": 1}\n', "{}\n\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "no JSON\n",
+        "[1]\n",
+        "a text without an end of line",
+        "\x00",
+        '{"settings": {}}\n{"a": 1}\n',
+        '{"other": 1}\n',
+        "{}\n\n",
+    ],
+)
 def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_text(content)
     with pytest.raises(RecipeError, match="name another output_dir"):

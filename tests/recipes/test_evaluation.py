@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_tinylora import TinyLoraConfig
 from peft_tinylora.card import FACTS_FILE, read_facts
 from peft_tinylora.describe import describe
-from trl_recipes.answer_log import FILE, AnswerLog
+from trl_recipes.answer_log import FILE, Answer, AnswerLog
 from trl_recipes.arguments import RecipeError
 from trl_recipes.evaluation import Plan, evaluate, summarize
 from trl_recipes.score import digest_of, main, score
 from trl_recipes.score_arguments import ScoreArguments
-from trl_recipes.variants import Sampling, Variant, variants_of_model
+from trl_recipes.variants import Sampling, Variant, check_base_model, variants_of_model
 
 
 LENGTH, BATCH = 6, 16
@@ -103,7 +103,7 @@ def test_variants_are_the_adapter_its_zero_and_the_base(model, tokenizer, sums, 
     assert greedy["adapter"] != greedy["base"]
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
-    summary = summarize([variant.name for variant in variants], len(sums), Plan(), log)
+    summary = summarize([variant.name for variant in variants], sums, Plan(), log)
     assert summary["changed_by_zero_adapter"] == 0
     strict = {name: summary["variants"][name]["greedy"]["strict"]["mean"] for name in greedy}
     assert strict["adapter"] == score(model, tokenizer, sums, **options).fraction
@@ -117,8 +117,9 @@ def test_strict_and_lenient_stand_side_by_side() -> None:
     texts = {"a": "#### 5", "b": "The answer is 5.", "c": "The answer is 6."}
     variant = Variant("model", lambda prompts, sampling: [texts[prompt] for prompt in prompts], nullcontext, 2)
     log = AnswerLog(None, {})
-    evaluate([variant], [{"prompt": prompt, "answer": "5"} for prompt in texts], Plan(), log)
-    measured = summarize(["model"], 3, Plan(), log)["variants"]["model"]["greedy"]
+    problems = [{"prompt": prompt, "answer": "5"} for prompt in texts]
+    evaluate([variant], problems, Plan(), log)
+    measured = summarize(["model"], problems, Plan(), log)["variants"]["model"]["greedy"]
     assert measured["strict"]["mean"] == pytest.approx(1 / 3) and measured["lenient"]["mean"] == pytest.approx(2 / 3)
 
 
@@ -133,7 +134,7 @@ def test_a_difference_that_the_path_makes_is_counted(model, tokenizer, sums) -> 
         for answer in answers
         if answer.variant == "adapter"
     )
-    changed = summarize(["adapter", "zero adapter", "base"], len(sums), Plan(), log)["changed_by_zero_adapter"]
+    changed = summarize(["adapter", "zero adapter", "base"], sums, Plan(), log)["changed_by_zero_adapter"]
     ours, theirs = ([a.completion for a in answers if a.variant == name] for name in ("adapter", "base"))
     assert changed == sum(a != b for a, b in zip(ours, theirs, strict=True)) > 0
 
@@ -147,7 +148,7 @@ def test_a_plain_lora_has_a_zero_and_dora_none(tiny_model_dir, tokenizer, sums, 
     assert ("zero adapter" in [variant.name for variant in variants]) == has_zero
     log = AnswerLog(None, {})
     evaluate(variants, sums[:20], Plan(), log)
-    summary = summarize([variant.name for variant in variants], 20, Plan(), log)
+    summary = summarize([variant.name for variant in variants], sums[:20], Plan(), log)
     assert summary["changed_by_zero_adapter"] == (0 if has_zero else None)
     answers = {name: [log.answers[name, "greedy", n, 0].completion for n in range(20)] for name in ("adapter", "base")}
     assert answers["adapter"] != answers["base"]
@@ -162,9 +163,61 @@ def test_whole_saved_modules_are_the_bases_in_the_zero_adapter(tiny_model_dir, t
     log = AnswerLog(None, {})
     variants = variants_of_model(model, tokenizer, arguments())
     evaluate(variants, sums[:20], Plan(), log)
-    assert summarize([variant.name for variant in variants], 20, Plan(), log)["changed_by_zero_adapter"] == 0
+    assert summarize([variant.name for variant in variants], sums[:20], Plan(), log)["changed_by_zero_adapter"] == 0
     adapter, base = ([log.answers[name, "greedy", n, 0].completion for n in range(20)] for name in ("adapter", "base"))
     assert adapter != base and model.base_model.model.lm_head._disable_adapters is False
+
+
+@pytest.mark.parametrize("controls", [True, False])
+def test_a_lora_with_biases_has_no_base_to_switch_to(tiny_model_dir, tokenizer, controls) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", bias="all")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config)
+    if controls:
+        with pytest.raises(RecipeError, match="bias='all'.*controls: false"):
+            variants_of_model(model, tokenizer, arguments())
+    else:
+        assert [v.name for v in variants_of_model(model, tokenizer, arguments(controls=False))] == ["adapter"]
+
+
+def test_verdicts_are_those_of_the_rules_now(tmp_path) -> None:
+    """What an interrupted run left on disk is judged with the rest of it."""
+    log = AnswerLog(tmp_path, {})
+    log.add([Answer("model", "greedy", 0, 0, "#### 5")])
+    log.file.close()
+    variant = Variant("model", lambda prompts, sampling: ["#### 6"] * len(prompts), nullcontext, 1)
+    log = AnswerLog(tmp_path, {})
+    problems = [{"prompt": "a", "answer": "5"}, {"prompt": "b", "answer": "5"}]
+    evaluate([variant], problems, Plan(), log)
+    assert summarize(["model"], problems, Plan(), log)["variants"]["model"]["greedy"]["strict"]["mean"] == 0.5
+    assert "true" not in (tmp_path / FILE).read_text()
+
+
+def test_a_full_fine_tune_is_compared_with_the_base_that_is_named(
+    model, tokenizer, adapter, tiny_model_dir, file_of_sums, tmp_path, capsys, monkeypatch
+) -> None:
+    """Merged, the adapter differs from its base as it does unmerged, but for rounding."""
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), adapter)
+    merged.merge_and_unload().save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    options = ("--dataset", str(file_of_sums), "--max_problems", "40")
+    of_adapter = run_script(
+        capsys, monkeypatch, *options, "--adapter", str(adapter), "--model_name_or_path", str(tiny_model_dir)
+    )
+    named = ("--model_name_or_path", str(tmp_path / "merged"), "--base_model", str(tiny_model_dir))
+    result = run_script(capsys, monkeypatch, *options, *named, "--output_dir", str(tmp_path / "out"))
+    assert list(result["variants"]) == ["model", "base"] and result["changed_by_zero_adapter"] is None
+    assert result["variants"]["base"] == of_adapter["variants"]["base"]
+    assert result["variants"]["model"] == of_adapter["variants"]["adapter"]
+    assert result["difference"] == of_adapter["difference"] and result["difference"]["greedy"]["strict"]["mean"]
+    assert "| model - base | greedy |" in (tmp_path / "out" / "results.md").read_text()
+    again = run_script(capsys, monkeypatch, *options, *named, "--output_dir", str(tmp_path / "out"))
+    assert again == result
+
+
+@pytest.mark.parametrize(("option", "value"), [("adapter", "a/b"), ("vllm_server_base_url", "http://localhost:1")])
+def test_a_base_is_not_named_where_it_is_known(option: str, value: str) -> None:
+    with pytest.raises(RecipeError, match=f"base_model='c/d' with .*{option.split('_')[0]}.*leave"):
+        check_base_model(arguments(base_model="c/d", **{option: value}))
 
 
 def test_sampled_is_what_training_measures_and_samples_have_seeds(model, tokenizer, sums) -> None:
@@ -324,10 +377,12 @@ def test_what_a_card_cannot_take_is_refused_before_anything_runs(adapter, option
 
 
 def test_servers_are_sent_the_adapter_zeros_and_the_bases_name(
-    adapter, tiny_model_dir, file_of_sums, start, capsys, monkeypatch
+    adapter, tiny_model_dir, file_of_sums, start, tmp_path, capsys, monkeypatch
 ) -> None:
     server: FakeServer = start()
     options = ("--adapter", str(adapter), "--model_name_or_path", str(tiny_model_dir), "--dataset", str(file_of_sums))
+    out = tmp_path / "out"
+    options += ("--samples", "1", "--seed", "5", "--output_dir", str(out), "--max_problems", "20")
     monkeypatch.setattr(sys, "argv", ["score.py", *options, "--vllm_server_base_url", server.url])
     monkeypatch.setattr("trl_recipes.variants.name_of", lambda text: text)  # the fake names an adapter by its text
     main()
@@ -335,7 +390,10 @@ def test_servers_are_sent_the_adapter_zeros_and_the_bases_name(
     assert list(result["variants"]) == ["adapter", "zero adapter", "base"]
     models = list(dict.fromkeys(body["model"] for body in server.bodies))
     assert len(models) == 3 and models[2] == "a/base" and all(text.startswith("tinylora:1.") for text in models[:2])
-    assert len(server.bodies) == 300 and {body["temperature"] for body in server.bodies} == {0.0}
+    assert len(server.bodies) == 120 and {body["temperature"] for body in server.bodies} == {0.0, 1.0}
+    # they draw with their own seed, and so none is said to be that of the result
+    assert result["samples"] == 1 and "seed" not in result
+    assert "seed" not in json.loads((out / FILE).read_text().splitlines()[0])["settings"]
     from peft_tinylora.inline import parse_inline
 
     ours, zero = (parse_inline(text, 10**6) for text in models[:2])
