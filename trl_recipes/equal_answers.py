@@ -14,7 +14,7 @@ import re
 from dataclasses import replace
 
 from trl_recipes.latex_equality import latex_agrees
-from trl_recipes.quantities import Quantity, read_quantity
+from trl_recipes.quantities import Quantity, is_unit, read_quantity
 
 
 MOST_CHARACTERS = 500  # a longer answer is equal as text only; no benchmark has one
@@ -55,6 +55,7 @@ MALFORMED = re.compile(r"--|\+\+|(?:^|[^_^\d])\d+ \d")  # which math_verify read
 ARITHMETIC = re.compile(
     r"^(?=[^=]*\d\s*(?:[+\-*/×÷]|\\times|\\cdot|\\div))(?:[\d\s.,+\-*/×÷()$%]|\\times|\\cdot|\\div)+=\s*(?=[^=]*$)"
 )
+UNIT_BEHIND = re.compile(r"(?<=[^\s,])\s*\\(?:text|mathrm|mbox|textbf)\s*\{([^{}]*)\}(?:\s*\^\{?[23]\}?)?$")
 IN_BASE = re.compile(r"^([0-9A-F]+)_\{?(\d+)\}?$")
 LETTER = re.compile(r"[A-Za-z]")
 
@@ -199,7 +200,7 @@ def encloses(inside: str) -> bool:
 def expressions_agree(found: str, gold: str) -> bool:
     """Compares two expressions by math_verify, where both are mathematics throughout."""
     found, gold = as_latex(found), as_latex(gold)
-    if not found or not gold or MALFORMED.search(found):
+    if not found or not gold or MALFORMED.search(found) or found.count("=") > max(1, gold.count("=")):
         return False
     if has_words(found) or has_words(gold):
         if letters_of(found) != letters_of(gold):
@@ -228,7 +229,7 @@ def as_latex(answer: str) -> str:
     if quantity is not None and "=" not in answer:
         return str(replace(quantity, unit=None))
     answer = AND_OR.sub(",", answer)
-    answer = re.sub(r"(?<=[^\s,])\s*\\(?:text|mathrm|mbox|textbf)\s*\{[^{}]*\}(?:\s*\^\{?[23]\}?)?$", "", answer)
+    answer = UNIT_BEHIND.sub(lambda unit: "" if is_unit(unit[1].strip()) else unit[0], answer)
     answer = re.sub(r"(?<=[\w)}]) ?degrees\b", "", answer)
     answer = re.sub(r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi ", unwrap(answer))
     return answer.replace("$", "").replace("%", r"\%").replace("**", "^").replace("*", r" \cdot ").strip()

@@ -325,6 +325,12 @@ WRONG = [
     ("x = 5 = 6", "6"),
     ("1 = 2 = 3", "3"),
     ("2x = 10", "10"),
+    # several answers at once
+    (r"\sqrt{2} = \sqrt{3} = \sqrt{2}", r"\sqrt{2}"),
+    (r"\sqrt{3} == \sqrt{2}", r"\sqrt{2}"),
+    (r"\sqrt{2} \text{ (or 3)}", r"\sqrt{2}"),
+    (r"\sqrt{2}\text{ or maybe not}", r"\sqrt{2}"),
+    (r"x+1\text{ 2}", "x+1"),
     # lists
     ("2, 1", "(1, 2)"),
     ("(1, 2)", "2, 1"),

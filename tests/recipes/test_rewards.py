@@ -61,6 +61,10 @@ def reward(completion, gold) -> float:
         (r"\boxed{1{,}000}", "1000"),
         (r"#### \boxed{72}", "72"),
         (r"\boxed{5}" + "\n#### 72", "72"),
+        # the mark alone in its line, and at both ends
+        ("#### \n72", "72"),
+        ("#### 72 ####", "72"),
+        ("#### 72\n####", "72"),
         # gold as it comes
         ("#### 72", 72),
         ("#### 72", 72.0),
@@ -96,8 +100,6 @@ def test_right_answers_earn_one(completion, gold):
         ("## 72", "72"),
         # malformed
         ("####", "72"),
-        ("#### \n72", "72"),
-        ("#### 72\n####", "72"),
         ("#### 72 or 73", "72"),
         ("#### 72 73", "72"),
         ("#### 7 2", "72"),
