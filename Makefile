@@ -83,8 +83,8 @@ figures: setup
 	    --output_dir docs/figures
 
 test: setup
-	@echo "test: the offline CPU tests"
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@echo "test: the offline CPU tests, a file at a time on each core"
+	@$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 # PEFT's own tests for its TinyLoRA, run on this one. Needs PyPI the first time.
 test-peft: setup

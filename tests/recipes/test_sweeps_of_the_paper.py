@@ -93,7 +93,7 @@ def trained(arguments: tuple, model: torch.nn.Module) -> int:
     recipe_args, _, model_args, _, tinylora_args = arguments
     if recipe_args.method == "full":
         return sum(p.numel() for p in model.parameters())
-    config = peft_config_of(recipe_args.method, tinylora_args, model_args)
+    config = peft_config_of(recipe_args.method, tinylora_args, model_args, model)
     names = target_names(model, config)
     if recipe_args.method == "tinylora":
         return len(set(group_modules(names, config.tie, config.n_tie).values())) * config.u
@@ -126,7 +126,7 @@ def test_pefts_own_lora_has_as_many_parameters_as_are_counted_here(meta_model, t
     sweep = SWEEPS["figure_3_qwen2.5-0.5b_lora"]
     arguments = parse_run(sweep, sweep.first_runs()[-1].options, tmp_path)
     model = copy.deepcopy(meta_model(arguments[2].model_name_or_path))
-    adapted = get_peft_model(model, peft_config_of("lora", arguments[-1], arguments[2]), low_cpu_mem_usage=True)
+    adapted = get_peft_model(model, peft_config_of("lora", arguments[-1], arguments[2], model), low_cpu_mem_usage=True)
     assert count_trained(adapted) == trained(arguments, meta_model(arguments[2].model_name_or_path)) == 2_199_552
 
 
