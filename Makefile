@@ -79,6 +79,9 @@ figures: setup
 	        --intermediate_size $$((2 * size)) --output_dir outputs/models/hidden_$$size || exit 1; \
 	done
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -W ignore trl_recipes/sweep.py --jobs $(JOBS) --sweeps $(FIGURE_SWEEPS)
+	@for sweep in $(basename $(notdir $(FIGURE_SWEEPS))); do \
+	    mkdir -p docs/figures/sweeps/$$sweep && cp outputs/sweeps/$$sweep/results.csv docs/figures/sweeps/$$sweep/ || exit 1; \
+	done
 	@$(VENV)/bin/python -W ignore trl_recipes/figures.py --figures trl_recipes/sweeps/embedded/figures.yaml \
 	    --output_dir docs/figures
 
