@@ -7,7 +7,7 @@
         trainer_setup.py, sharding.py          what a TRL trainer must be checked for; many processes
         rollouts.py, vllm_servers.py, vllm_requests.py    completions from vLLM
         checkpoints.py, resuming.py            checkpoints that are whole, and runs that go on to the bit
-        callbacks.py, publishing.py            progress and curves; what is pushed
+        callbacks.py, reporting.py, publishing.py    progress and curves; what is said at the end; what is pushed
     score.py          share of problems solved; as a script, an evaluation with its controls, of
         score_arguments.py, benchmark_sets.py  what can be set; the benchmarks by name
         answers.py, equal_answers.py, quantities.py, latex_equality.py, latex_worker.py    text -> answer, and equality

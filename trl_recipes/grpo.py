@@ -19,7 +19,6 @@ parse -> data -> model -> trainer -> train -> save -> push
 import json
 import logging
 import os
-import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -40,7 +39,7 @@ from trl import DatasetMixtureConfig, GRPOConfig, GRPOTrainer, ModelConfig  # no
 
 from peft_tinylora import TinyLoraError  # noqa: E402
 from peft_tinylora.card import Facts, Training, use_lines, write_card  # noqa: E402
-from peft_tinylora.describe import MOST_SHOWN, describe  # noqa: E402
+from peft_tinylora.describe import describe  # noqa: E402
 from peft_tinylora.hub import check_access  # noqa: E402
 from peft_tinylora.published import command_line  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
@@ -79,6 +78,7 @@ from trl_recipes.problems import (  # noqa: E402
     to_prompts,
 )
 from trl_recipes.publishing import evaluation_of, push_result, take_hub_options, write_recipe_file  # noqa: E402
+from trl_recipes.reporting import by_decoding, print_files, print_numbers, print_scores  # noqa: E402
 from trl_recipes.resuming import resumable  # noqa: E402
 from trl_recipes.rewards import check_rewards, load_rewards  # noqa: E402
 from trl_recipes.rollouts import make_rollouts, weigh_by_importance  # noqa: E402
@@ -244,40 +244,21 @@ def main() -> None:
                 "\nv did not move: no group of completions had unequal rewards. Can the model solve some of these problems, "
                 "and does the prompt ask it to mark its answer (#### 72)?"
             )
-        shown = adapter.numbers[:MOST_SHOWN]
-        print(
-            f"\n{len(adapter.numbers)} trained numbers{':' if shown == adapter.numbers else f', the first {len(shown)}:'}"
-        )
-        for start in range(0, len(shown), 7):
-            print("  " + " ".join(f"{value:+.5f}" for value in shown[start : start + 7]))
-    if before is not None and after is not None:
-        print(f"\n{'held out':<12}{'before':>8}{'after':>8}")
-        for decoding in after:
-            print(f"{decoding:<12}{before[decoding]:>8.1%}{after[decoding]:>8.1%}")
-    adapter_file = output_dir / "adapter_model.safetensors"
-    adapter_bytes = adapter_file.stat().st_size if adapter_file.exists() else None
-    saved = "the model" if adapter_bytes is None else f"the adapter ({adapter_bytes} bytes)"
-    card_file = "README.md, " if recipe_args.method == "tinylora" else ""
-    print(f"\nsaved in {output_dir}: {saved}, {card_file}reward_curve.csv, reward_curve.png")
-    if score_with is not None:
-        what = "--model_name_or_path" if adapter_bytes is None else "--adapter"
-        print(f"score it again: python trl_recipes/score.py {what} {shlex.quote(str(output_dir))} {score_with}")
-    if recipe_args.method == "tinylora":
+        print_numbers(adapter.numbers)
+    print_scores(before, after)
+    has_card = recipe_args.method == "tinylora"
+    adapter_bytes = print_files(output_dir, "reward", has_card, score_with)
+    if has_card:
         print(f"try it:\n\n{use_lines(card)}")
 
     # --- push
     pushed = failure = None
     if hub is not None:
         pushed, failure = push_result(output_dir, repository, hub)
-    scores = {
-        f"{decoding}_{when}": None if values is None else values[decoding]
-        for decoding in ("greedy", "sampled")
-        for when, values in (("before", before), ("after", after))
-    }
     result = {
         "method": recipe_args.method,
         "trained_parameters": trained_parameters,
-        **scores,
+        **by_decoding(before, after),
         "greedy_answers_sha256": answers_sha256,
         "problems": problems,
         "grpo_seconds": round(grpo_seconds, 1),

@@ -14,11 +14,12 @@ Agresti and Min, Statistics in Medicine 24, 2005).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
-from statistics import NormalDist, fmean, stdev
+from statistics import fmean, stdev
+
+from scipy.stats import binomtest, t
 
 
 CONFIDENCE = 0.95
-QUANTILE = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
 
 
 @dataclass(frozen=True)
@@ -98,30 +99,15 @@ def score_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """The score interval of one proportion."""
-    square = QUANTILE**2
-    margin = QUANTILE * sqrt(square + 4 * n * share * (1 - share))
-    return (2 * n * share + square - margin) / (2 * (n + square)), (2 * n * share + square + margin) / (
-        2 * (n + square)
-    )
+    interval = binomtest(round(share * n), n).proportion_ci(CONFIDENCE, method="wilson")
+    return interval.low, interval.high
 
 
 def students_interval(gains: Sequence[float], more: float) -> tuple[float, float]:
     """Student's interval of a mean, with two more values, `more` and its negative, so that equal ones have a width too."""
     mean, error = mean_and_error([*gains, more, -more])
-    margin = students_quantile(len(gains) + 1) * error
+    margin = t.ppf(0.5 + CONFIDENCE / 2, len(gains) + 1) * error
     return max(mean - margin, -1.0), min(mean + margin, 1.0)
-
-
-def students_quantile(freedom: int) -> float:
-    """The quantile of Student's distribution: the expansion of Abramowitz and Stegun, 26.7.5, for 3 and more."""
-    z = QUANTILE
-    terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trl_recipes.paired import accuracy, difference, students_quantile
+from trl_recipes.paired import accuracy, difference
 
 
 def drawn(seed: int, problems: int, samples: int, chance: float) -> list[list[bool]]:
@@ -28,12 +28,18 @@ def test_accuracy_and_its_error_are_those_of_a_mean_over_problems(samples: int) 
 def test_the_difference_of_single_answers_is_newcombes() -> None:
     """Both right, gained, lost, neither -> the interval by method 10: of his example, and where nobody solves it twice.
 
-    There the verdicts do not go together, and it is two of Wilson's intervals, which scipy has.
+    There the verdicts do not go together, and it is two of Wilson's intervals.
     """
-    one, none = (stats.binomtest(n, 30).proportion_ci(method="wilson") for n in (1, 0))
+
+    def wilson(solved: int) -> np.ndarray:
+        square, share = 1.959964**2, solved / 30
+        middle, margin = share + square / 60, 1.959964 * (share * (1 - share) / 30 + square / 3600) ** 0.5
+        return (middle + np.array([-margin, margin])) / (1 + square / 30)
+
+    one, none = wilson(1), wilson(0)
     examples = {
         (36, 12, 2, 0): (0.0569, 0.3404),
-        (0, 1, 0, 29): (1 / 30 - np.hypot(1 / 30 - one.low, none.high), 1 / 30 + np.hypot(one.high - 1 / 30, 0)),
+        (0, 1, 0, 29): (1 / 30 - np.hypot(1 / 30 - one[0], none[1]), 1 / 30 + np.hypot(one[1] - 1 / 30, 0)),
     }
     for (both, gained, lost, neither), interval in examples.items():
         ours = [[True]] * (both + gained) + [[False]] * (lost + neither)
@@ -52,9 +58,17 @@ def test_the_difference_of_many_is_that_of_a_paired_test() -> None:
     assert (found.gained, found.lost) == ((gains > 0).sum(), (gains < 0).sum())
 
 
-@pytest.mark.parametrize("freedom", [3, 4, 5, 10, 29, 1000])
-def test_students_quantile_is_scipys(freedom: int) -> None:
-    assert students_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=2e-3)
+@pytest.mark.parametrize(
+    ("problems", "quantile"), [(2, 3.1824), (3, 2.7764), (9, 2.2281), (28, 2.0452), (999, 1.9623)]
+)
+def test_the_difference_of_a_few_has_two_problems_more_and_students_quantile(problems: int, quantile: float) -> None:
+    """The quantiles, of one more degree of freedom than problems, are those of printed tables."""
+    ours, theirs = drawn(3, problems, 4, 0.6), drawn(4, problems, 4, 0.5)
+    found = difference(ours, theirs)
+    gains = np.append(np.array(ours).mean(axis=1) - np.array(theirs).mean(axis=1), [0.5, -0.5])
+    margin = quantile * gains.std(ddof=1) / len(gains) ** 0.5
+    expected = max(gains.mean() - margin, -1), min(gains.mean() + margin, 1)
+    assert (found.low, found.high) == pytest.approx(expected, abs=1e-4)
 
 
 def test_samples_of_a_problem_are_no_problems_of_their_own() -> None:
