@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from math import sqrt
 from statistics import fmean, stdev
 
-from scipy.stats import binomtest, t
-
 
 CONFIDENCE = 0.95
 
@@ -99,12 +97,16 @@ def score_interval(first: Sequence[bool], second: Sequence[bool]) -> tuple[float
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """The score interval of one proportion."""
+    from scipy.stats import binomtest  # 0.3 s, for which the start of a recipe need not wait
+
     interval = binomtest(round(share * n), n).proportion_ci(CONFIDENCE, method="wilson")
     return interval.low, interval.high
 
 
 def students_interval(gains: Sequence[float], more: float) -> tuple[float, float]:
     """Student's interval of a mean, with two more values, `more` and its negative, so that equal ones have a width too."""
+    from scipy.stats import t
+
     mean, error = mean_and_error([*gains, more, -more])
     margin = t.ppf(0.5 + CONFIDENCE / 2, len(gains) + 1) * error
     return max(mean - margin, -1.0), min(mean + margin, 1.0)

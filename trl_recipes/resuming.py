@@ -88,7 +88,7 @@ class ResumableMixin:
         if checkpoint is None:
             return None
         marker = read_marker(checkpoint)
-        self._check_adapter(checkpoint, marker["adapter"])
+        self._check_adapter(checkpoint, marker)
         if not (checkpoint / self._between_steps_file()).exists():
             raise RecipeError(
                 f"{checkpoint} was not written by {args.world_size} processes: start as many as there were."
@@ -181,9 +181,11 @@ class ResumableMixin:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         return state.epoch >= 1 and state.global_step < self.args.max_steps  # Trainer counts all steps into each pass
 
-    def _check_adapter(self, checkpoint: Path, there: Mapping[str, Any]) -> None:
-        here = adapter_of(self)
-        other = differences(there, here)
+    def _check_adapter(self, checkpoint: Path, marker: Mapping[str, Mapping[str, Any]]) -> None:
+        there, here = marker["adapter"], adapter_of(self)
+        # LoRA and LoRA-XS have one kind of config.
+        methods = ({"method": settings.get("method")} for settings in (marker["settings"], self.recipe_settings))
+        other = differences(*methods) or differences(there, here)
         if other is None and bool(there) != bool(here):
             other = "there is none" if here else "this run trains none"
         if other is not None:
@@ -264,14 +266,13 @@ def settings_of(trainer: Trainer) -> dict[str, Any]:
 
 
 def adapter_of(trainer: Trainer) -> dict[str, Any]:
-    """The method, and what of an adapter's config decides over what its numbers mean, as JSON values.
+    """What of an adapter's config decides over what its numbers mean, as JSON values; empty without an adapter.
 
     The base is not among it: its weights are compared on loading.
     """
-    method = {"method": trainer.recipe_settings.get("method")}
     model = trainer.accelerator.unwrap_model(trainer.model)
     if not isinstance(model, PeftModel):
-        return method
+        return {}
     ignored = (
         "inference_mode",
         "base_model_name_or_path",
@@ -282,7 +283,7 @@ def adapter_of(trainer: Trainer) -> dict[str, Any]:
     )
     ignored += ("save_dtype", "save_basis", "peft_version", "peft_tinylora_version")
     config = plain(model.peft_config["default"].to_dict())
-    return method | {name: value for name, value in config.items() if name not in ignored}
+    return {name: value for name, value in config.items() if name not in ignored}
 
 
 def plain(value: Any) -> Any:

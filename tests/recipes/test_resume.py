@@ -146,6 +146,29 @@ def test_a_checkpoint_of_another_adapter_is_refused_by_name(finished, tiny_model
     assert named in str(error.value) and "checkpoint-" in str(error.value)
 
 
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_checkpoint_of_another_method_is_refused_also_where_its_config_is_the_same(
+    finished, tiny_model_dir, by_path
+):
+    wanted = str(finished / "checkpoint-1") if by_path else "true"
+    trainer = resuming(tiny_model_dir, finished, wanted)
+    trainer.recipe_settings = {"method": "lora-xs"}
+    with pytest.raises(RecipeError, match="holds another adapter: method=None there and 'lora-xs' here"):
+        trainer.checkpoint_to_resume()
+
+
+def test_of_a_run_with_another_reward_none_is_taken_unless_it_is_named(tiny_model_dir, tmp_path):
+    trainer = tiny_trainer(tiny_model_dir, tmp_path, ResumableSFTTrainer, max_steps=1)
+    trainer.recipe_settings = {"method": "tinylora", "rewards": ["exact_match_reward"]}
+    trainer.train()
+    other = resuming(tiny_model_dir, tmp_path, "true", max_steps=1)
+    other.recipe_settings = {"method": "tinylora", "rewards": ["length"]}
+    with pytest.raises(
+        RecipeError, match=r"another run: rewards=\['exact_match_reward'\] there and \['length'\] here"
+    ):
+        other.checkpoint_to_resume()
+
+
 def test_a_checkpoint_of_another_base_is_refused_by_name(finished, tiny_model_dir, tmp_path):
     other = tmp_path / "model"
     shutil.copytree(tiny_model_dir, other)
