@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -155,6 +157,11 @@ def test_a_run_that_prints_no_result_fails(root, monkeypatch) -> None:
     assert not list((root / "out").rglob("result.json"))
 
 
+# sweep.py, with the repository as its first argument.
+SWEEP_OF_A_ROOT = [
+    *(sys.executable, "-W", "ignore", "-c"),
+    "import sys; from pathlib import Path; from trl_recipes import sweep; sweep.ROOT = Path(sys.argv.pop(1)); sweep.main()",
+]
 SCORER = """
     import json, sys
     from pathlib import Path
@@ -249,19 +256,7 @@ def test_where_nothing_is_scored_no_rate_is_chosen(root, monkeypatch) -> None:
 
 def start_sweep(root: Path, *options: str) -> subprocess.Popen:
     """Starts a sweep of that repository in a process of its own."""
-    script = "import sys; from pathlib import Path; from trl_recipes import sweep; sweep.ROOT = Path(sys.argv.pop(1)); sweep.main()"
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-c",
-        script,
-        str(root),
-        "--sweeps",
-        "sizes.yaml",
-        "--output_dir",
-        "out",
-    ]
+    command = [*SWEEP_OF_A_ROOT, str(root), "--sweeps", "sizes.yaml", "--output_dir", "out"]
     return subprocess.Popen([*command, *options], cwd=root, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
@@ -287,6 +282,27 @@ def test_a_killed_sweep_goes_on_and_no_run_is_there_twice_at_once(root, monkeypa
     run_sweep(monkeypatch)
     assert [row["seed"] for row in results(root)] == ["0", "1"]
     assert {name: len(lines) for name, lines in starts(root).items()} == {"1/measure_seed_0": 2, "1/measure_seed_1": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs Slurm")
+def test_slurms_job_arrays_run_a_sweep_whose_rates_are_chosen_first(root) -> None:
+    write_sweep(root, learning_rates=[0.1, 0.2], choose={"seeds": [9]})
+    python = " ".join(map(shlex.quote, [*SWEEP_OF_A_ROOT, str(root), "--sweeps", "sizes.yaml", "--output_dir", "out"]))
+
+    def submit(tasks: str, *options: str) -> str:
+        command = ["sbatch", "--parsable", f"--array={tasks}", "--output=/dev/null", *options]
+        command += ["--wrap", f"{python} --tasks $SLURM_ARRAY_TASK_ID"]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.run(
+            command, cwd=root, env=environment, check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    first = submit("0-3")
+    submit("4-7", f"--dependency=afterok:{first}", "--wait")
+    rows = results(root)
+    assert len(rows) == 8 and all(len(lines) == 1 for lines in starts(root).values())
+    assert {row["learning_rate"] for row in rows if row["stage"] == "measure"} == {"0.2"}
 
 
 def is_locked(path: Path) -> bool:
