@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from support import make_tiny_llama
+from tally import pytest_terminal_summary  # noqa: F401
 from transformers import LlamaForCausalLM
 
 from peft_tinylora import build
