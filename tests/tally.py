@@ -29,7 +29,7 @@ def counts_of(reports: list[pytest.TestReport]) -> Counter:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counts = counts_of([r for r in terminalreporter.stats.get("passed", []) if r.when == "call"])
-    if not counts:
+    if not counts or hasattr(terminalreporter.config, "workerinput"):  # pytest-xdist's workers have a summary too
         return
     terminalreporter.section("counted by passed tests")
     for name in COUNTED:
