@@ -24,6 +24,7 @@ from benchmarks.basis_cell import RANK, STD, Cell, run_cell, save_base, seconds_
 from benchmarks.peak import PeakMemory
 from benchmarks.report import run_lines
 from benchmarks.training import median_and_range
+from benchmarks.training_cell import synchronize
 from peft_tinylora.basis import Basis, compute_basis
 
 
@@ -79,9 +80,11 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
 
 
 def timed(function: Callable, *arguments: object, **options: object) -> tuple[float, object]:
-    """Calls a function; returns its seconds and its result."""
+    """Calls a function; returns its seconds, those of the GPU with them, and its result."""
+    synchronize()
     start = time.perf_counter()
     result = function(*arguments, **options)
+    synchronize()
     return time.perf_counter() - start, result
 
 
@@ -132,11 +135,11 @@ def largest_sine(found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor]) -
     return max(sines)
 
 
-def basis_tables(quick: bool) -> str:
+def basis_tables(quick: bool, device: str = "cpu") -> str:
     """The first table, and what is asked of it."""
     small, large = (QUICK_SMALL, QUICK_LARGE) if quick else (SMALL, LARGE)
-    compute_basis(torch.randn(300, 300), RANK, "left")  # what the libraries set up once
-    torch.linalg.svd(torch.randn(300, 300))
+    compute_basis(torch.randn(300, 300, device=device), RANK, "left")  # what the libraries set up once
+    torch.linalg.svd(torch.randn(300, 300, device=device))
     measured = {}
     for seed, shape in enumerate((*small, *large)):
         for spectrum in SPECTRA:
@@ -144,7 +147,7 @@ def basis_tables(quick: bool) -> str:
             generator = torch.Generator().manual_seed(seed)
             is_spiked = spectrum == SPECTRA[0]
             W = trained_like(*shape, generator) if is_spiked else STD * torch.randn(shape, generator=generator)
-            measured[shape, spectrum] = decompose(W, with_stock=is_spiked or shape != large[-1])
+            measured[shape, spectrum] = decompose(W.to(device), with_stock=is_spiked or shape != large[-1])
     head = "out x in,spectrum,stock (s),ours (s),ratio,angle of ours,certificate,angle of stock,peak (W)".split(",")
     rows = [[f"{m}x{n}", spectrum, *basis_cells(found)] for ((m, n), spectrum), found in measured.items()]
     return f"{markdown([head, *rows])}\n\n{basis_target([measured[shape, SPECTRA[0]] for shape in large])}"
