@@ -25,6 +25,7 @@ from peft import PeftModel, TinyLoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen2Config
 
+from benchmarks import PYTHONPATH
 from benchmarks.shapes import shape_of
 
 
@@ -64,7 +65,7 @@ def run_cell(cell: Cell, cache: Path, keep_nothing: bool = False) -> dict:
     Raises:
         RuntimeError: if it failed, with the end of what it said.
     """
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "PEFT_TINYLORA_CACHE": str(cache)}
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "PEFT_TINYLORA_CACHE": str(cache)}
     # Offline, because saving would look the base model up; no bars, because what is said is passed on.
     environment |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     environment |= {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)} if keep_nothing else {}

@@ -5,8 +5,8 @@
 
 Three tables: seconds of a forward pass, a forward and backward pass, and decoding, as ratios to the bare model in the same
 round; the peak memory of the activations; and the operators that one adapted module adds. Every model is measured in a
-process of its own, in which all contenders take turns. A 7B in bfloat16 and NF4 where there is a GPU (not run yet, for want of
-one), small models on a CPU. Let nothing else run meanwhile.
+process of its own, in which all contenders take turns. A 7B in bfloat16 and NF4 where there is a GPU (not run to the
+end yet), small models on a CPU. Let nothing else run meanwhile.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import PYTHONPATH
 from benchmarks.basis import markdown
 from benchmarks.basis_cell import seconds_of_others
 from benchmarks.report import run_lines
@@ -36,8 +37,8 @@ CELLS = {
         Cell("0.5B", "float32", batch=1, tokens=256, new_tokens=16, rounds=5, stock=True),
     ),
     "gpu": (
-        Cell("7B", "bfloat16", batch=4, tokens=512, new_tokens=64, rounds=5, stock=False),
-        Cell("7B", "4-bit", batch=4, tokens=512, new_tokens=64, rounds=5, stock=False),
+        Cell("7B", "bfloat16", batch=4, tokens=512, new_tokens=32, rounds=3, stock=False),
+        Cell("7B", "4-bit", batch=4, tokens=512, new_tokens=32, rounds=3, stock=False),
     ),
     "quick": (Cell("tiny", "float32", batch=2, tokens=8, new_tokens=2, rounds=1, stock=True),),
 }
@@ -57,7 +58,7 @@ def title_of(cell: Cell) -> str:
 def run_cell(cell: Cell) -> dict:
     """Runs [`Cell`] in a process of its own; returns what it measured."""
     print(title_of(cell), file=sys.stderr, flush=True)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-m", "benchmarks.speed_cell", json.dumps(asdict(cell))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     return json.loads(done.stdout.strip().splitlines()[-1])

@@ -3,8 +3,8 @@
     python -m benchmarks.training                     # chooses GPU or CPU itself; 11 minutes on a shared CPU core
     python -m benchmarks.training --repeats 5 --output benchmarks/results/h200.md
 
-Real TRL trainers on random models: a 7B-shaped one where there is a GPU (made in place, nothing is downloaded; not run
-yet, for want of one), a small Llama on a CPU. Every row is measured in a process of its own, GRPO first and then SFT,
+Real TRL trainers on random models: a 7B-shaped one where there is a GPU (made in place, nothing is downloaded), a
+small Llama on a CPU. Every row is measured in a process of its own, GRPO first and then SFT,
 and the repeats are interleaved, so that a machine that grows slower does so for all of them. What a row cannot do
 stands in it as the error.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import PYTHONPATH
 from benchmarks.training_cell import Cell
 
 
@@ -38,8 +39,14 @@ ROWS = [  # base, adapter; the first is the reference of all ratios
     ("4-bit", "TinyLoRA"),
     ("4-bit", "TinyLoRA of stock PEFT"),
 ]
-# Not stock PEFT on the 16-bit base: it decomposes every weight of a 7B in full, which takes longer than all the rest.
-ROWS_OF_A_7B = [row for row in ROWS if row not in (("16-bit", "LoRA r=1"), ("16-bit", "TinyLoRA of stock PEFT"))]
+# Few, for they take minutes. Not stock PEFT on the 16-bit base: it decomposes every weight of a 7B in full.
+ROWS_OF_A_7B = [
+    ("16-bit", "LoRA r=8"),
+    ("16-bit", "TinyLoRA"),
+    ("4-bit", "LoRA r=8"),
+    ("4-bit", "TinyLoRA"),
+    ("4-bit", "TinyLoRA of stock PEFT"),
+]
 WORKLOADS = {
     "smallest": {
         "model": "a Llama of 1.4M parameters",
@@ -74,7 +81,7 @@ SECONDS_A_ROW = 150
 def measure_row(cell: Cell) -> dict:
     """Runs [`Cell`] in a process of its own; returns what it printed, or {"error": its last line}."""
     command = [sys.executable, "-m", "benchmarks.training_cell", json.dumps(asdict(cell))]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH, "PYTHONWARNINGS": "ignore"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS_A_ROW)
     except subprocess.TimeoutExpired:
