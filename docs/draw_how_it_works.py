@@ -1,6 +1,6 @@
 """Draws the pictures of how_it_works.md from the embedded model and the adapter in model_cards/embedded_grpo.
 
-    python docs/draw_how_it_works.py     from the root of a clone; some seconds
+python docs/draw_how_it_works.py     from the root of a clone; some seconds
 """
 
 import tempfile
@@ -108,7 +108,9 @@ def draw_update(base: torch.nn.Module) -> None:
     sign(")", 0.15)
     box(inner * scale, 0.14, FROZEN, r"A = V$^{\rm T}$", f"{RANK} x {inner}\nfrom W")
     axis.text(x + 0.15, 0.55, "red: trained and stored", color=TRAINED, weight="bold")
-    axis.text(x + 0.15, 0.0, "blue: frozen, computed\nagain where it is needed", color=FROZEN, weight="bold", va="center")
+    axis.text(
+        x + 0.15, 0.0, "blue: frozen, computed\nagain where it is needed", color=FROZEN, weight="bold", va="center"
+    )
     axis.text(x + 0.15, -0.6, "grey: the base, untouched", color="#5c6670", weight="bold", va="center")
     axis.set_xlim(-0.4, x + 3.2)
     axis.set_ylim(-2.1, 1.9)
@@ -129,7 +131,9 @@ def draw_tying(names: list[str]) -> None:
         colours = plt.get_cmap("tab20")
         for index, (name, group) in enumerate(groups.items()):
             layer, column = index // len(types), types.index(name.rpartition(".")[2])
-            axis.add_patch(Rectangle((column, layer), 1, 1, facecolor=colours(group % 20), alpha=0.75, ec="white", lw=2))
+            axis.add_patch(
+                Rectangle((column, layer), 1, 1, facecolor=colours(group % 20), alpha=0.75, ec="white", lw=2)
+            )
             axis.text(column + 0.5, layer + 0.5, str(group), ha="center", va="center", fontsize=11)
         axis.set_title(f'tie="{tie}", n_tie={N_TIE}: {len(names)} modules read {count} v')
         axis.set_xticks([i + 0.5 for i in range(len(types))], [t.removesuffix("_proj") for t in types])

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from support import fill_vectors
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from trl import GRPOConfig, ModelConfig
 
 import peft_tinylora
@@ -307,6 +307,14 @@ def writing_a_pickle() -> None:
     adapted().save_pretrained("outputs/mine", safe_serialization=False)
 
 
+@provoked
+def a_base_that_is_not_quantized() -> None:
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED, quantization_config=four_bits)
+    adapted(model).save_pretrained("outputs/mine")
+    PeftModel.from_pretrained(base(), "outputs/mine")
+
+
 # --- merging
 
 
@@ -321,7 +329,9 @@ def merging_into_bfloat16() -> None:
 @provoked
 def a_base_in_a_folder() -> None:
     Path("my_base").mkdir()
-    public_base(HfApi(), SimpleNamespace(config=SimpleNamespace(base_model_name_or_path="my_base")), Path("outputs/mine"), None)
+    public_base(
+        HfApi(), SimpleNamespace(config=SimpleNamespace(base_model_name_or_path="my_base")), Path("outputs/mine"), None
+    )
 
 
 @provoked

@@ -47,6 +47,10 @@ class Block:
         return self.remark.partition(NOT_RUN)[2].strip()
 
     @property
+    def is_run(self) -> bool:
+        return self.is_code and not self.reason_not_to_run
+
+    @property
     def is_dry(self) -> bool:
         """Whether nothing in it is really run: `make` is asked what it would do, and pip has nothing to install."""
         commands = [line.split()[0] for line in self.text.splitlines() if line.strip() and not line.startswith("#")]

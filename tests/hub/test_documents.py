@@ -1,7 +1,7 @@
 """Every code block of the documentation, run as it stands, against a Hub on the loopback interface.
 
-A block that is not run says why in its fence (```bash no-run: needs a GPU), or in NOT_RUN below. hub/pages.py says what
-is made shorter: recipes train one step, `make` runs dry.
+A block that is not run says why in its fence (```bash no-run: needs a GPU). hub/pages.py says what is made shorter:
+recipes train one step, `make` runs dry.
 """
 
 import json
@@ -15,6 +15,7 @@ from hub import loopback
 from hub.machine import ROOT
 from hub.pages import Block, Shell, blocks_of, warm_interpreter, write_programs
 from huggingface_hub import ModelCard
+from matplotlib.testing.compare import compare_images
 from safetensors.torch import load_file
 
 
@@ -25,6 +26,7 @@ PAGES = sorted(
     for pattern in ("README.md", "CONTRIBUTING.md", "docs/*.md", "model_cards/README.md", "trl_recipes/**/README.md")
     for page in ROOT.glob(pattern)
 )
+RUNNABLE = [page for page in PAGES if any(block.is_run for block in blocks_of(page))]
 # Written in a page for the reader to fill in.
 PLACEHOLDERS = {
     "YOUR_MODEL": "trl_recipes/embedded/model",
@@ -72,7 +74,7 @@ def run_blocks(shell: Shell, blocks: list[Block], shorter: dict[str, str] = SHOR
     printed, count = "", 0
     with shell.session() as session:
         for block in blocks:
-            if not block.is_code or block.reason_not_to_run:
+            if not block.is_run:
                 continue
             text = block.text
             for placeholder, value in (PLACEHOLDERS | shorter).items():
@@ -91,16 +93,23 @@ def test_a_block_is_run_or_says_why_not(page: Path) -> None:
 
 
 @pytest.mark.recipe
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_blocks_of_a_page_run_from_top_to_bottom(shell, page: Path, record_property) -> None:
     blocks = blocks_of(page)
-    if not any(block.is_code and not block.reason_not_to_run for block in blocks):
-        return
     printed, count = run_blocks(shell, blocks)
     check = CHECKS.get(page.relative_to(ROOT).as_posix())
     if check is not None:
         check(shell, printed)
     record_property("doc blocks run", count)
+
+
+@pytest.mark.slow  # a minute of training
+@pytest.mark.recipe
+def test_the_tutorial_learns_what_it_says_that_it_learns(shell) -> None:
+    printed, _ = run_blocks(shell, blocks_of(ROOT / "docs" / "tutorial.md"), shorter={})
+    share = {name: int(percent) for name, percent in re.findall(r"^([\w ]+): (\d+)%$", printed, re.MULTILINE)}
+    assert share["before"] <= 20 and share["after"] >= 90
+    assert share["after"] == share["merged"] == share["from the Hub"]
 
 
 def check_readme(shell: Shell, printed: str) -> None:
@@ -109,7 +118,32 @@ def check_readme(shell: Shell, printed: str) -> None:
     assert (shell.folder / "outputs" / "mine" / "reward_curve.png").exists()
 
 
-CHECKS = {"README.md": check_readme}
+def check_tutorial(shell: Shell, printed: str) -> None:
+    assert "trainable params: 13 ||" in printed
+    assert re.findall(r"^([\w ]+): \d+%$", printed, re.MULTILINE) == ["before", "after", "merged", "from the Hub"]
+    assert "user/plums" in shell.hub.repositories and "user/base" in shell.hub.repositories
+    facts = json.loads((shell.folder / "outputs" / "plums_recipe" / "adapter_config.json").read_text())
+    assert (facts["u"], facts["n_tie"]) == (1, 4)
+    assert (
+        "my_rewards.right, my_rewards.shows_its_work" in (shell.folder / "outputs/plums_recipe/README.md").read_text()
+    )
+
+
+def check_pictures(shell: Shell, printed: str) -> None:
+    """The pictures in the repository are those that the command draws."""
+    drawn = {path.name: path for path in (shell.folder / "docs" / "how_it_works").glob("*.png")}
+    there = {path.name: path for path in (ROOT / "docs" / "how_it_works").glob("*.png")}
+    assert drawn.keys() == there.keys() and len(there) == 5
+    for name, path in drawn.items():
+        assert path.stat().st_mtime > there[name].stat().st_mtime  # drawn, and not only copied
+        assert compare_images(str(there[name]), str(path), tol=5) is None
+
+
+CHECKS = {
+    "README.md": check_readme,
+    "docs/tutorial.md": check_tutorial,
+    "docs/how_it_works.md": check_pictures,
+}
 
 
 def test_the_cards_are_of_the_three_ways_of_training() -> None:
