@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import pandas
 import pytest
 from hub.pages import blocks_of
 from markdown_it import MarkdownIt
@@ -94,6 +95,37 @@ def test_every_public_class_and_function_has_a_docstring(build_api, package: str
     found = [doc for module in modules for doc in public(module)]
     assert len(found) > 40
     assert [doc.fullname for doc in found if not doc.docstring.strip()] == []
+
+
+# --- the numbers of choosing.md
+
+
+def measured(figure: int, series: str, places: list, column: str = "mean") -> list[float]:
+    """Numbers of the left panel of a figure's CSV, in the order of the places on its axis."""
+    rows = pandas.read_csv(ROOT / f"docs/figures/figure_{figure}.csv")
+    rows = rows[(rows["panel"] == 0) & (rows["series"] == series)].set_index("x")
+    return [float(rows.loc[place, column]) for place in places]
+
+
+def test_choosing_has_the_measured_numbers() -> None:
+    text = (ROOT / "docs" / "choosing.md").read_text()
+    counts, all_weights = [1, 4, 13, 49, 196], [1_057_664]
+    expected = {
+        "here, Figure 1": measured(1, "TinyLoRA", counts) + measured(1, "full", all_weights),
+        "spread over draws here (standard deviation)": measured(1, "TinyLoRA", counts, "standard_deviation")
+        + measured(1, "full", all_weights, "standard_deviation"),
+        "here, Figure 7, 13 numbers (u=1)": measured(7, "u = 1", [1, 2, 4, 8]),
+        "here, Figure 7, 52 numbers (u=4)": measured(7, "u = 4", [1, 2, 4, 8]),
+    }
+    for first, values in expected.items():
+        [cells] = re.findall(rf"^\| {re.escape(first)} \|(.*)\|$", text, re.MULTILINE)
+        shown = [float(re.search(r"\d\.\d+", cell).group()) for cell in cells.split("|")]
+        assert shown == pytest.approx(values, abs=0.006), first
+    rates = measured(1, "TinyLoRA", [1, 4, 7, 196], "learning_rate") + measured(
+        1, "full", all_weights, "learning_rate"
+    )
+    [cells] = re.findall(r"^\| GRPO, 50 steps \|(.*)\|$", text, re.MULTILINE)
+    assert [float(cell.split()[0]) for cell in cells.split("|")] == rates
 
 
 # --- links and commands of all pages

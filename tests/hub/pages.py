@@ -139,10 +139,11 @@ def warm_interpreter(hub: Any, folder: Path) -> Iterator[Path]:
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", WARM, "serve", socket],
         env=environment(hub, folder / "home", PYTHONPATH=paths),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert process.stdout.readline() == "ready\n"
     yield socket
-    process.terminate()
+    process.stdin.close()
     process.wait(timeout=30)
