@@ -139,11 +139,10 @@ def warm_interpreter(hub: Any, folder: Path) -> Iterator[Path]:
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", WARM, "serve", socket],
         env=environment(hub, folder / "home", PYTHONPATH=paths),
-        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
     assert process.stdout.readline() == "ready\n"
     yield socket
-    process.stdin.close()
+    process.terminate()
     process.wait(timeout=30)

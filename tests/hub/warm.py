@@ -1,10 +1,10 @@
 """A warm interpreter: it has imported what takes seconds, and forks for each command.
 
-    python warm.py serve SOCKET                          imports, says "ready", and waits until stdin is closed
+    python warm.py serve SOCKET                          imports, says "ready", and waits until its parent is gone
     python warm.py run SOCKET python script.py ...       as `python script.py ...`, in a fork of it: milliseconds
 
-The fork has the arguments, folder, environment, stdin and stdout of who asked. What is tested (peft_tinylora, trl_recipes)
-is not imported before. Variables that huggingface_hub reads when it is imported are those of the server.
+The fork has the arguments, folder, environment, stdin and stdout of who asked, also where huggingface_hub and OpenMP read
+variables when they are imported. What is tested (peft_tinylora, trl_recipes) is not imported before.
 """
 
 import array
@@ -28,7 +28,8 @@ HEAVY = (
 
 
 def serve(path: str) -> None:
-    """Import, then answer one connection after the other, each in a child of its own, until stdin is closed."""
+    """Import, then answer one connection after the other, each in a child of its own, until who started it is gone."""
+    parent = os.getppid()
     warnings.simplefilter("ignore")
     for name in HEAVY:
         importlib.import_module(name)
@@ -37,7 +38,9 @@ def serve(path: str) -> None:
         server.bind(path)
         server.listen()
         print("ready", flush=True)
-        while server in select.select([server, sys.stdin], [], [])[0]:
+        while os.getppid() == parent:
+            if not select.select([server], [], [], 5)[0]:
+                continue
             connection, _ = server.accept()
             if os.fork() == 0:
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -57,6 +60,10 @@ def answer(connection: socket.socket) -> int:
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["folder"])
+    constants = importlib.reload(sys.modules["huggingface_hub.constants"])
+    sys.modules["huggingface_hub.hf_api"].api.endpoint = constants.ENDPOINT  # of the functions of the package itself
+    if "OMP_NUM_THREADS" in os.environ:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     status = 0
     try:
         become(job["command"])
