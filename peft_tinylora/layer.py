@@ -262,6 +262,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         return super().requires_grad_(requires_grad)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As that of every module; factors that are still to be computed are computed first."""
         for name in self.tinylora_A.keys():
             self.ensure_basis(name)
         return super().state_dict(*args, **kwargs)
@@ -296,6 +297,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         return [name for name in self.active_adapters if name in here]
 
     def extra_repr(self) -> str:
+        """How the base layer is quantized, for `print(model)`."""
         return quantization_extra_repr(self)
 
     def __repr__(self) -> str:

@@ -117,6 +117,7 @@ class ResumableMixin:
             raise RecipeError(f"{checkpoint}: {error}" if checkpoint else str(error)) from error
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """As Trainer's; nothing after the last step."""
         # A checkpoint of the last step has nothing to go on with, and Trainer looks for the end after a step only.
         if self.state.global_step >= self.state.max_steps:
             return [], None

@@ -67,10 +67,12 @@ def environment(hub: Any, home: Path, **more: str) -> dict[str, str]:
 class Machine:
     """A process that runs `peft-tinylora` commands and scripts, one after the other."""
 
+    interpreter: tuple[str, ...] = (sys.executable,)
+
     def __init__(self, hub: Any, home: Path, **more: str) -> None:
         home.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", WORKER],
+            [*self.interpreter, "-W", "ignore", "-c", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

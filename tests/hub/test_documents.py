@@ -1,95 +1,149 @@
-"""Every code block of the README and of the cards in model_cards/, run as it stands, against a Hub on the loopback interface."""
+"""Every code block of the documentation, run as it stands, against a Hub on the loopback interface.
+
+A block that is not run says why in its fence (```bash no-run: needs a GPU). hub/pages.py says what is made shorter:
+recipes train one step, `make` runs dry.
+"""
 
 import json
-import os
 import re
-import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from hub import loopback
-from hub.machine import Machine, environment
+from hub.machine import ROOT
+from hub.pages import Block, Shell, blocks_of, warm_interpreter, write_programs
 from huggingface_hub import ModelCard
+from matplotlib.testing.compare import compare_images
 from safetensors.torch import load_file
 
 
-ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "trl_recipes" / "embedded"
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/README.md"))
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
-BRIEFLY = ("--max_steps", "1", "--max_eval_problems", "8")
+PAGES = sorted(
+    page
+    for pattern in ("README.md", "CONTRIBUTING.md", "docs/*.md", "model_cards/README.md", "trl_recipes/**/README.md")
+    for page in ROOT.glob(pattern)
+)
+RUNNABLE = [page for page in PAGES if any(block.is_run for block in blocks_of(page))]
+# Written in a page for the reader to fill in.
 PLACEHOLDERS = {
     "YOUR_MODEL": "trl_recipes/embedded/model",
     "YOUR_FILE.jsonl": "trl_recipes/embedded/data/grpo_train.jsonl",
     "HELD_OUT.jsonl": "trl_recipes/embedded/data/held_out.jsonl",
     "--question_column question": "--question_column prompt",
 }
+SHORTER = {"max_steps=60": "max_steps=2"}  # of training in Python
 
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[loopback.Hub]:
-    """A Hub that has the embedded model under the names of the documents' base models."""
+    """A Hub that has the embedded model under the names of the documents' base models, and an adapter of it."""
     with loopback.running_hub() as hub:
         base = {path.name: path.read_bytes() for path in (EMBEDDED / "model").iterdir() if path.is_file()}
         hub.repositories = {name: dict(base) for name in ("user/base", "Qwen/Qwen2.5-7B-Instruct")}
+        adapter = ROOT / "model_cards" / "embedded_grpo"
+        config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "user/base"}
+        hub.repositories["user/adapter"] = {
+            "adapter_config.json": json.dumps(config).encode(),
+            "adapter_model.safetensors": (adapter / "adapter_model.safetensors").read_bytes(),
+        }
         yield hub
 
 
+@pytest.fixture(scope="module")
+def shell_folder(hub, tmp_path_factory) -> Iterator[tuple[Path, Path]]:
+    """The socket of a warm interpreter, and programs that use it."""
+    folder = tmp_path_factory.mktemp("warm")
+    (folder / "home").mkdir()
+    with warm_interpreter(hub, folder) as socket:
+        yield socket, write_programs(folder / "bin", socket)
+
+
 @pytest.fixture
-def checkout(tmp_path) -> Path:
-    """A folder that looks like a clone, to write `outputs/` into."""
-    for name in ("trl_recipes", "model_cards", "peft_tinylora", "Makefile", "pyproject.toml", "constraints.txt"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    return tmp_path
+def shell(hub, shell_folder, tmp_path) -> Shell:
+    """A shell in what looks like a clone."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "clone").mkdir()
+    return Shell(hub, tmp_path / "clone", *shell_folder)
 
 
-def shell(hub, checkout: Path, block: str, *more: str) -> None:
-    """Run the lines of a bash block: `make` dry, recipes briefly, on a CPU and in this environment."""
-    for line in block.replace("\\\n", " ").splitlines():
-        command = shlex.split(line, comments=True)
-        if not command or command[0] in ("source", "pip"):  # there is an environment already
-            continue
-        if command[0] == "make":
-            command += ["--dry-run", f"PYTHON={sys.executable}"]
-        if any(part.endswith(("grpo.py", "sft.py")) for part in command):
-            command += [*BRIEFLY, *more]
-        if command[0] == "python":
-            command[0] = sys.executable
-        binaries = Path(sys.executable).parent
-        done = subprocess.run(
-            command,
-            cwd=checkout,
-            env=environment(hub, checkout / "home", PATH=f"{binaries}{os.pathsep}{os.environ['PATH']}"),
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
+def run_blocks(shell: Shell, blocks: list[Block], shorter: dict[str, str] = SHORTER) -> tuple[str, int]:
+    """Run the blocks of a page in their order, Python in one process: what that printed, and how many blocks ran."""
+    printed, count = "", 0
+    with shell.session() as session:
+        for block in blocks:
+            if not block.is_run:
+                continue
+            text = block.text
+            for placeholder, value in (PLACEHOLDERS | shorter).items():
+                text = text.replace(placeholder, value)
+            printed += session.script(text) if block.language == "python" else shell.bash(text)
+            count += not block.is_dry
+    return printed, count
 
 
-def test_the_readme_runs_from_top_to_bottom(hub, checkout) -> None:
-    text = (ROOT / "README.md").read_text()
-    for placeholder, value in PLACEHOLDERS.items():
-        assert placeholder in text
-        text = text.replace(placeholder, value)
-    blocks = BLOCK.findall(text)
-    assert {language for language, _ in blocks} == {"bash", "python"} and len(blocks) >= 9
-    (checkout / "home").mkdir()
-    reader = Machine(hub, checkout / "home")
-    reader.script(f"import os\nos.chdir({str(checkout)!r})")
-    printed = ""
-    for language, block in blocks:
-        if language == "python":
-            printed += reader.script(block)
-        else:
-            shell(hub, checkout, block)
-    reader.close()
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_block_is_run_or_says_why_not(page: Path) -> None:
+    for block in blocks_of(page):
+        if block.is_code:
+            assert block.language in ("bash", "python"), f"{page}:{block.line}: {block.language}"
+            assert not block.remark or block.reason_not_to_run, f"{page}:{block.line}: {block.remark}"
+
+
+@pytest.mark.recipe
+@pytest.mark.parametrize("page", RUNNABLE, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_the_blocks_of_a_page_run_from_top_to_bottom(shell, page: Path, record_property) -> None:
+    blocks = blocks_of(page)
+    printed, count = run_blocks(shell, blocks)
+    check = CHECKS.get(page.relative_to(ROOT).as_posix())
+    if check is not None:
+        check(shell, printed)
+    record_property("doc blocks run", count)
+
+
+@pytest.mark.slow  # a minute of training
+@pytest.mark.recipe
+def test_the_tutorial_learns_what_it_says_that_it_learns(shell) -> None:
+    printed, _ = run_blocks(shell, blocks_of(ROOT / "docs" / "tutorial.md"), shorter={})
+    share = {name: int(percent) for name, percent in re.findall(r"^([\w ]+): (\d+)%$", printed, re.MULTILINE)}
+    assert share["before"] <= 20 and share["after"] >= 90
+    assert share["after"] == share["merged"] == share["from the Hub"]
+
+
+def check_readme(shell: Shell, printed: str) -> None:
     assert "trainable params: 13 ||" in printed and "one row each: torch.Size([3, 3, 184])" in printed
-    assert {"adapter_config.json", "README.md"} <= hub.repositories["user/adapter"].keys()
-    assert (checkout / "outputs" / "mine" / "reward_curve.png").exists()
+    assert {"adapter_config.json", "README.md"} <= shell.hub.repositories["user/adapter"].keys()
+    assert (shell.folder / "outputs" / "mine" / "reward_curve.png").exists()
+
+
+def check_tutorial(shell: Shell, printed: str) -> None:
+    assert "trainable params: 13 ||" in printed
+    assert re.findall(r"^([\w ]+): \d+%$", printed, re.MULTILINE) == ["before", "after", "merged", "from the Hub"]
+    assert "user/plums" in shell.hub.repositories and "user/base" in shell.hub.repositories
+    facts = json.loads((shell.folder / "outputs" / "plums_recipe" / "adapter_config.json").read_text())
+    assert (facts["u"], facts["n_tie"]) == (1, 4)
+    assert (
+        "my_rewards.right, my_rewards.shows_its_work" in (shell.folder / "outputs/plums_recipe/README.md").read_text()
+    )
+
+
+def check_pictures(shell: Shell, printed: str) -> None:
+    """The pictures in the repository are those that the command draws."""
+    drawn = {path.name: path for path in (shell.folder / "docs" / "how_it_works").glob("*.png")}
+    there = {path.name: path for path in (ROOT / "docs" / "how_it_works").glob("*.png")}
+    assert drawn.keys() == there.keys() and len(there) == 5
+    for name, path in drawn.items():
+        assert path.stat().st_mtime > there[name].stat().st_mtime  # drawn, and not only copied
+        assert compare_images(str(there[name]), str(path), tol=5) is None
+
+
+CHECKS = {
+    "README.md": check_readme,
+    "docs/tutorial.md": check_tutorial,
+    "docs/how_it_works.md": check_pictures,
+}
 
 
 def test_the_cards_are_of_the_three_ways_of_training() -> None:
@@ -117,24 +171,16 @@ def test_a_card_says_what_is_in_its_folder(folder: Path) -> None:
 @pytest.mark.recipe
 @pytest.mark.parametrize("folder", CARDS, ids=lambda folder: folder.name)
 def test_every_code_block_of_a_card_runs_and_the_export_answers_as_the_adapter_does(
-    hub, checkout, folder: Path
+    shell, folder: Path, record_property
 ) -> None:
-    text = (folder / "README.md").read_text()
-    (checkout / "home").mkdir()
+    before = (shell.folder / "model_cards" / folder.name / "adapter_model.safetensors").read_bytes()
     answers = []
-    for language, block in BLOCK.findall(text):
-        if language == "python":
-            done = subprocess.run(
-                [sys.executable, "-W", "ignore", "-c", block],
-                cwd=checkout,
-                env=environment(hub, checkout / "home"),
-                capture_output=True,
-                text=True,
-            )
-            assert done.returncode == 0, done.stderr
-            answers.append(done.stdout)
-        elif language == "bash":
-            shell(hub, checkout, f"{block.rstrip()} --max_problems 8\n" if "score.py" in block else block,
-                  "--output_dir", "outputs/again")  # fmt: skip
-    assert len(answers) == 2 and answers[0].strip() and answers[0] == answers[1]
-    assert json.loads((checkout / "outputs" / "again" / "adapter_config.json").read_text())["u"] == 1
+    blocks = [block for block in blocks_of(folder / "README.md") if block.is_code]
+    for block in blocks:
+        if block.language == "python":  # each in a process of its own: the second must not need this package
+            answers.append(shell.python(block.text))
+        else:
+            shell.bash(block.text)
+    assert len(blocks) == 5 and len(answers) == 2 and answers[0].strip() and answers[0] == answers[1]
+    assert (shell.folder / "model_cards" / folder.name / "adapter_model.safetensors").read_bytes() != before
+    record_property("doc blocks run", len(blocks))

@@ -55,6 +55,7 @@ class Settings:
 
 
 def parse_settings() -> Settings:
+    """Reads the command line; every field of [`Settings`] is an option."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, value in vars(Settings()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
@@ -213,6 +214,7 @@ def accuracy(
 
 
 def main() -> None:
+    """Writes the data, pre-trains the model, measures it, and saves it."""
     settings = parse_settings()
     print(f"settings: {json.dumps(vars(settings))}")
     torch.set_num_threads(settings.threads)

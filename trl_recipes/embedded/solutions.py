@@ -102,6 +102,7 @@ def solved_rows(rows: list[dict[str, str]], style: str) -> list[dict[str, str]]:
 
 
 def main() -> None:
+    """Writes the problems of GRPO with a worked solution each, a file for each style."""
     rows = [json.loads(line) for line in (DATA / "grpo_train.jsonl").read_text().splitlines()]
     for style, name in FILES.items():
         (DATA / name).write_text("".join(json.dumps(row) + "\n" for row in solved_rows(rows, style)))
