@@ -25,7 +25,7 @@ STAMP := $(VENV)/.installed
 # Taken before anything is installed: the demo's total_seconds starts here.
 export TINYLORA_DEMO_START := $(shell date +%s)
 
-.PHONY: setup demo demo-4bit cards figures test test-peft test-backends test-zero3 test-vllm bench benchmark benchmark-basis quality style clean
+.PHONY: setup demo demo-4bit cards figures docs test test-peft test-backends test-zero3 test-vllm bench benchmark benchmark-basis quality style clean
 
 setup: $(STAMP)
 	@echo "setup: $(VENV) is up to date"
@@ -84,6 +84,11 @@ figures: setup
 	done
 	@$(VENV)/bin/python -W ignore trl_recipes/figures.py --figures trl_recipes/sweeps/embedded/figures.yaml \
 	    --output_dir docs/figures
+
+# The API from the docstrings, by pdoc, into outputs/docs.
+docs: setup
+	@$(VENV)/bin/python -W ignore docs/build_api.py outputs/docs
+	@echo "docs: outputs/docs/index.html"
 
 test: setup
 	@echo "test: the offline CPU tests, a file at a time on each core"
