@@ -32,6 +32,7 @@ from .basis import residual
 from .compact import VECTORS
 from .config import TinyLoraConfig, conventions_of
 from .errors import AdapterFileError, BasisMismatchError
+from .internals import name_without_fsdp
 from .layer import TinyLoraLayer
 from .targets import target_names
 from .tying import group_modules
@@ -290,9 +291,8 @@ def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, TinyLoraLa
 
 
 def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    # FSDP wraps modules in others, which its state dict does not name.
     for name, module in model.named_modules():
-        yield name.replace("_fsdp_wrapped_module.", ""), module
+        yield name_without_fsdp(name), module
 
 
 def _vectors(model: nn.Module, adapter_name: str) -> tuple[str, nn.ParameterDict]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 
 from .layer import TinyLoraLayer
@@ -23,7 +24,7 @@ VOTING = {"ties": ties, "dare_ties": dare_ties}
 COMBINATION_TYPES = ("linear", *PRUNING, *VOTING)
 
 
-class Combining:
+class Combining(BaseTuner):
     """The part of the tuner that makes one adapter of several."""
 
     @torch.inference_mode(False)  # a server may be in it, and what is made in it could not be trained

@@ -15,17 +15,16 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import nn
 
 from . import delta
 from .basis import Basis
 from .gather import device_of, is_offloaded
+from .internals import BufferDict, version_of
 from .merging import KeptBase, Mergeable
 from .survival import Survival
-from .vector import Vectors, version_of
+from .vector import Vectors
 from .weight import dense_matrix, matrix_shape, stored_tensor, to_stored, working_dtype
 
 
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 FactorState = list[tuple[torch.Tensor, int]]
 
 
-class TinyLoraLayer(Mergeable, BaseTunerLayer):
+class TinyLoraLayer(Mergeable):
     """What the layer types share: the factors of each adapter, merging and unmerging.
 
     Args:

@@ -12,11 +12,10 @@ import torch
 import torch.nn.functional as F
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module
 from transformers.pytorch_utils import Conv1D
 
 from . import delta
+from .internals import is_taken_apart, is_view, is_watched
 from .layer import TinyLoraLayer
 from .product import AddUpdate, Folded, without_autocast
 from .vector import Vectors
@@ -41,19 +40,19 @@ class Linear(TinyLoraLayer, nn.Module):
         base_layer = self._modules["base_layer"]
         if (self._disable_adapters or self.merged_adapters) and self._base_alone():
             return base_layer(x, *args, **kwargs)
-        is_watched = _is_watched(base_layer)
-        if type(base_layer) is nn.Linear and not (is_watched or args or kwargs):
+        watched = is_watched(base_layer)
+        if type(base_layer) is nn.Linear and not (watched or args or kwargs):
             result = F.linear(x, base_layer._parameters["weight"], base_layer._parameters["bias"])
         else:
             result = base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None and x.requires_grad:
             self._warn_if_gradient_ends(result)
         # Whether nobody but this layer holds what the base layer returned, so that it may be written to.
-        owned = not is_watched and result.is_contiguous()
+        owned = not watched and result.is_contiguous()
         owned = owned and (type(base_layer) in (nn.Linear, Conv1D) or self.quantization_backend is not None)
         names = self._active_here()
         vectors = self._shared_vectors[0]
-        if len(names) != 1 or vectors.mixed_batches or torch.is_autocast_enabled(x.device.type) or _is_taken_apart():
+        if len(names) != 1 or vectors.mixed_batches or torch.is_autocast_enabled(x.device.type) or is_taken_apart():
             with without_autocast(x.device.type):
                 return self._add(result, x, names, owned)
         return self._add_one(result, x, names[0], owned)
@@ -70,7 +69,7 @@ class Linear(TinyLoraLayer, nn.Module):
         batch = self.mixed_batch()
         if batch is not None:
             return self._add_rows(result, x, batch, owned)
-        if len(names) == 1 and not _is_taken_apart():
+        if len(names) == 1 and not is_taken_apart():
             return self._add_one(result, x, names[0], owned)
         return self._add_all(result, x, names)
 
@@ -84,7 +83,7 @@ class Linear(TinyLoraLayer, nn.Module):
             return folded.add_update(result if owned else _copy(result), x)
         [v] = self.vectors(name)
         # A view cannot be written to without copying its gradient, and others may keep their output for backward.
-        in_place = owned and type(self.base_layer) is nn.Linear and not result._is_view()
+        in_place = owned and type(self.base_layer) is nn.Linear and not is_view(result)
         return AddUpdate.apply(result, x, v, folded, in_place)
 
     def _add_all(self, result: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -101,7 +100,7 @@ class Linear(TinyLoraLayer, nn.Module):
         """Add to each row of a mixed batch the update of its own adapter."""
         for rows in batch.rows(self, len(x)):
             R = rows.mixing_matrices(self)
-            if x.requires_grad or result.requires_grad or _is_taken_apart():
+            if x.requires_grad or result.requires_grad or is_taken_apart():
                 self.ensure_basis(rows.adapter_name)
                 A, B = self.tinylora_A[rows.adapter_name], self.tinylora_B[rows.adapter_name]
                 result = (result + delta.multiply_rows(x.to(A.dtype), A, B, R)).to(result.dtype)
@@ -147,23 +146,6 @@ class Linear(TinyLoraLayer, nn.Module):
         super().forget(adapter_name)
 
 
-def _is_watched(layer: nn.Module) -> bool:
-    """Whether calling a layer does or shows to others something beside its class's own `forward`."""
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
-        or "forward" in vars(layer)
-        or "_compiled_call_impl" in vars(layer)
-        or "weight" not in layer._parameters  # of FSDP1 and of parametrizations
-    )
-
-
 def _copy(result: torch.Tensor) -> torch.Tensor:
     return result.clone(memory_format=torch.contiguous_format)
 
@@ -171,14 +153,3 @@ def _copy(result: torch.Tensor) -> torch.Tensor:
 def is_compared_at_once(v: torch.Tensor) -> bool:
     """Whether the value of v can be looked at without waiting for a device."""
     return v.is_cpu
-
-
-def _is_taken_apart() -> bool:
-    """Whether torch.compile, torch.export, torch.func, forward-mode differentiation or a mode follows the computation."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )

@@ -57,8 +57,9 @@ class KeptBase:
         self._inner = tuner_layer.base_layer
         self._base_layer = tuner_layer.get_base_layer()
         self._backend = tuner_layer.quantization_backend
+        own_parameters = dict(self._base_layer.named_parameters(recurse=False))
         # None where the weight is no parameter, as in HQQLinear.
-        self.parameter: nn.Parameter | None = self._base_layer._parameters.get(tuner_layer.parameter_name)
+        self.parameter: nn.Parameter | None = own_parameters.get(tuner_layer.parameter_name)
         # bitsandbytes keeps scales beside the weight: on the parameter, on a 4-bit layer, in an 8-bit layer's state.
         layer_attributes = vars(self._base_layer)
         self._attributes: list[tuple[Any, dict[str, Any]]] = [
@@ -101,7 +102,7 @@ class KeptBase:
         self.parameter.data = moved
 
 
-class Mergeable:
+class Mergeable(BaseTunerLayer):
     """The part of a layer that merges: what `TinyLoraLayer` has beside the factors."""
 
     def unmerged_matrix(self) -> torch.Tensor:

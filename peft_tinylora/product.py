@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from . import delta
+from .internals import three_versions_of
 from .thin import Thin
 
 
@@ -33,12 +34,12 @@ class Folded:
         self.A, self.B, self.P, self.v, self.values = Thin(A), B, P, v.detach().clone(), values
         # As `version_of`, without calling it three times for each layer and token of decoding.
         self._counts_writes = not any(factor.is_inference() for factor in (A, B, P))
-        self._versions = (A._version, B._version, P._version) if self._counts_writes else ()
+        self._versions = three_versions_of(A, B, P) if self._counts_writes else None
 
     def has_factors(self, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor) -> bool:
         """Whether these are still the tensors that it was made from, and nobody wrote to them."""
         same = A is self.A.M and B is self.B and P is self.P
-        return same and (not self._counts_writes or (A._version, B._version, P._version) == self._versions)
+        return same and (not self._counts_writes or three_versions_of(A, B, P) == self._versions)
 
     @functools.cached_property
     def R(self) -> torch.Tensor:

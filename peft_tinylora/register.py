@@ -37,6 +37,7 @@ from .adapter_files import read_fields
 from .checkpoint import check_loaded, damaged_file, unpack_file
 from .config import TinyLoraConfig, shortened
 from .errors import AdapterFileError, ConfigError, TinyLoraError
+from .internals import TRANSFORMERS_MARK, has_transformers_adapters, mark_without_adapters
 from .layer import TinyLoraLayer
 from .model import TinyLoraModel
 from .untrusted import check_files, check_names
@@ -189,14 +190,14 @@ def _as_before_if_it_fails(model: nn.Module, source: str | Path | None) -> Itera
     What PEFT stumbles over in an adapter's files (KeyError, IndexError) becomes an [`AdapterFileError`].
     """
     kept = {id(module) for module in model.modules()}
-    before = {*vars(model), *model._modules}
+    before = {*vars(model), *dict(model.named_children())}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except Exception as error:
         _unwrap(model, kept)
-        for name in {"peft_config", "tinylora_v", "_hf_peft_config_loaded"} - before:
-            if name in vars(model) or name in model._modules:
+        for name in {"peft_config", "tinylora_v", TRANSFORMERS_MARK} - before:
+            if name in vars(model) or name in dict(model.named_children()):
                 delattr(model, name)
         for parameter, requires_grad in trained:
             parameter.requires_grad = requires_grad
@@ -216,7 +217,7 @@ def _unwrap(model: nn.Module, kept: set[int]) -> None:
         while isinstance(inner, (TinyLoraLayer, AuxiliaryTrainingWrapper)) and id(inner) not in kept:
             inner = inner.base_layer if isinstance(inner, TinyLoraLayer) else inner.original_module
         if inner is not child:
-            model._modules[name] = inner
+            setattr(model, name, inner)
         _unwrap(inner, kept)
 
 
@@ -237,7 +238,7 @@ def _saved_config(model_id: str, options: Mapping[str, Any]) -> peft.PeftConfig 
 
 @functools.wraps(PreTrainedModel.load_adapter)
 def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    before = set(self.peft_config) if self._hf_peft_config_loaded else set()
+    before = set(self.peft_config) if has_transformers_adapters(self) else set()
     bound = inspect.signature(_in_place_of["load"]).bind(self, *args, **kwargs)
     _unpack_file(self, bound.arguments)
     is_unpacked = isinstance(bound.arguments.get("peft_config"), TinyLoraConfig)
@@ -312,4 +313,4 @@ def _take_back(model: PreTrainedModel, adapter_name: str) -> None:
         if isinstance(module, TinyLoraLayer):
             model.set_submodule(name, module.base_layer)
     del model.tinylora_v, model.peft_config
-    model._hf_peft_config_loaded = False
+    mark_without_adapters(model)

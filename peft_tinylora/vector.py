@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from .internals import version_of
+
 
 if TYPE_CHECKING:
     from .bank import AdapterBank
@@ -134,8 +136,3 @@ def _have_same_value(seen: torch.Tensor, now: torch.Tensor) -> bool:
     """Whether two tensors are of one kind and hold the same numbers."""
     same_kind = seen.device == now.device and seen.dtype == now.dtype and not now.is_meta
     return same_kind and torch.equal(seen, now)
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; those made in inference mode do not count, and can be written to there only."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -3,13 +3,13 @@
 import json
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub import loopback
 from hub.machine import environment
+from support import warm_python
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,7 @@ def hub(running) -> loopback.Hub:
 def run(hub, home: Path, *command: str, **more: str) -> subprocess.CompletedProcess:
     home.mkdir(exist_ok=True)
     return subprocess.run(
-        [sys.executable, *command],
+        [*warm_python(), *command],
         cwd=ROOT,
         env=environment(hub, home, OMP_NUM_THREADS="2", **more),
         capture_output=True,
