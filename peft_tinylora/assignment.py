@@ -21,7 +21,7 @@ from .config import TinyLoraConfig, conventions_of
 from .errors import BasisError, ConfigError
 from .experts import wrapper_of_parameter
 from .layer import TinyLoraLayer
-from .projection import draw_projection, seed_of_module
+from .projection import draw_projection, seed_of_target
 from .source import WeightSource
 from .targets import Target, find_targets
 from .tying import group_modules, group_modules_by_ratio
@@ -154,10 +154,8 @@ def projection_of(config: PeftConfig, names: Sequence[str], index: int, r: int, 
     Returns:
         `torch.Tensor`: shape (u, r, r), or (experts, u, r, r); float32, on the CPU.
     """
-    if conventions_of(config).from_paper:
-        seeds = [seed_of_module(config.projection_seed, name) for name in names]
-    else:
-        seeds = [config.projection_seed + index]
+    from_paper = conventions_of(config).from_paper
+    seeds = [seed_of_target(config.projection_seed, name, index, from_paper) for name in names]
     draws = torch.stack([draw_projection(config.u, r, seed) for seed in seeds])
     return draws if stacked else draws[0]
 

@@ -154,9 +154,7 @@ def read(path: Path) -> dict[str, Basis]:
 
 def _to_bases(tensors: Mapping[str, torch.Tensor]) -> dict[str, Basis]:
     names = [key.removesuffix(".angle") for key in tensors if key.endswith(".angle")]
-    return {
-        name: Basis(tensors[f"{name}.A"], tensors[f"{name}.B"], tensors[f"{name}.angle"].item()) for name in names
-    }
+    return {name: Basis(tensors[f"{name}.A"], tensors[f"{name}.B"], tensors[f"{name}.angle"].item()) for name in names}
 
 
 def write(path: Path, bases: Mapping[str, Basis], base: str, weights: str) -> None:

@@ -19,7 +19,7 @@ error, and so is a basis of other weights than those of the model.
 """
 
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -27,13 +27,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from . import compact
+from .adapter_files import is_finite
 from .assignment import read_from_file
 from .basis import residual
 from .compact import VECTORS
 from .config import TinyLoraConfig, conventions_of
 from .errors import AdapterFileError, BasisMismatchError
 from .internals import name_without_fsdp
-from .layer import TinyLoraLayer
+from .layer import TinyLoraLayer, layers_of
 from .targets import target_names
 from .tying import group_modules
 
@@ -124,7 +125,7 @@ def tensors_to_load(
     unknown = others.keys() - _known_names(model)
     # PEFT saves the biases of `modules_to_save` under a second name, which no model has.
     unknown = {key for key in unknown if ".modules_to_save." not in key}
-    broken = [key for key, tensor in others.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    broken = [key for key, tensor in others.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if len(found) + len(others) != len(state_dict):
         raise AdapterFileError("The adapter file has a tensor under two names. Nothing was loaded. Save it anew.")
     is_compact = VECTORS in found
@@ -284,21 +285,15 @@ def check_loaded(model: nn.Module, config: PeftConfig, adapter_name: str, keys: 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, TinyLoraLayer]:
     """Name in the state dict of `model` -> layer, for those that have the adapter."""
     return {
-        name: module
-        for name, module in _named_modules(model)
-        if isinstance(module, TinyLoraLayer) and adapter_name in module.tinylora_A
+        name_without_fsdp(name): layer for name, layer in layers_of(model).items() if adapter_name in layer.tinylora_A
     }
-
-
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        yield name_without_fsdp(name), module
 
 
 def _vectors(model: nn.Module, adapter_name: str) -> tuple[str, nn.ParameterDict]:
     """Name in the state dict of the dictionary of all vectors, and the vectors of one adapter."""
     shared = next(iter(_adapted_layers(model, adapter_name).values())).tinylora_v
-    return next(name for name, module in _named_modules(model) if module is shared), shared[adapter_name]
+    name = next(name for name, module in model.named_modules() if module is shared)
+    return name_without_fsdp(name), shared[adapter_name]
 
 
 def _slots(
@@ -364,7 +359,7 @@ def _check(
     ]
     if misshapen:
         problems.append(f"{len(misshapen)} of the wrong shape ({_some(misshapen)})")
-    broken = [*broken] + [name for name in both if not found[name].is_meta and not torch.isfinite(found[name]).all()]
+    broken = [*broken] + [name for name in both if not found[name].is_meta and not is_finite(found[name])]
     if broken:
         problems.append(f"{len(broken)} with NaN or Inf ({_some(broken)})")
     if problems:

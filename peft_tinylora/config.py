@@ -57,6 +57,7 @@ class Conventions(NamedTuple):
 def conventions_of(config: peft.TinyLoraConfig) -> Conventions:
     """The conventions of a config, PEFT's for one that names fields of PEFT only."""
     if isinstance(config, TinyLoraConfig) and config.uses_paper_conventions:
+        assert config.sigma is not None  # filled in when the config was made
         return Conventions(config.tie, config.n_tie, config.sigma, from_paper=True)
     return Conventions(None, None, "split", from_paper=False)
 
@@ -169,7 +170,7 @@ class TinyLoraConfig(peft.TinyLoraConfig):
         check_own_fields(self)
         super().__post_init__()
         if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]  # as PEFT does with its own
         if self.uses_paper_conventions:
             self._fill_paper_conventions()
 
@@ -278,7 +279,7 @@ def _schemas() -> dict[str, tuple[type, Any]]:
     """Of each field, what it is validated against, and its type."""
     return {
         # JSON writes 1.0 as 1 where another program saved it.
-        name: (TypedDict(name, {name: float | int if hint is float else hint}), hint)
+        name: (TypedDict(name, {name: float | int if hint is float else hint}), hint)  # type: ignore[operator]  # mypy knows literal ones only
         for name, hint in get_type_hints(TinyLoraConfig).items()
     }
 

@@ -69,7 +69,9 @@ def _linear(x: torch.Tensor, weight: AdaptedWeight, bias: torch.Tensor | None = 
 
 def _matmul(a: torch.Tensor | AdaptedWeight, b: torch.Tensor | AdaptedWeight) -> torch.Tensor:
     if isinstance(a, AdaptedWeight):
+        assert isinstance(b, torch.Tensor)
         return _plus(a.weight @ b, lambda: a.left @ (a.right @ _low(b, a)), a)
+    assert isinstance(b, AdaptedWeight)
     return _plus(a @ b.weight, lambda: _low(a, b) @ b.left @ b.right, b)
 
 

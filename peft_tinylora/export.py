@@ -27,7 +27,7 @@ from .config import TinyLoraConfig
 from .embedding import Embedding
 from .errors import AdapterFileError, ConfigError
 from .experts import ParamWrapper
-from .layer import TinyLoraLayer
+from .layer import TinyLoraLayer, layers_of
 from .output_folder import written_at_once
 from .survival import MergeReport
 from .weight import parameter_is_transposed, stores_transposed
@@ -147,14 +147,13 @@ def _write_lora(
     folder: Path,
     config: TinyLoraConfig,
     in_file: dict[str, torch.Tensor],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     partial: Path,
 ) -> None:
     names = [name for name, _ in base_model.named_modules()]
     with _adapted(base_model, folder, in_file, config) as model:
-        modules = model.get_base_model().named_modules()
-        layers = {name: layer for name, layer in modules if isinstance(layer, TinyLoraLayer)}
-        tensors = {}
+        layers = layers_of(model.get_base_model())
+        tensors: dict[str, torch.Tensor] = {}
         for name, layer in layers.items():
             tensors |= {f"{PREFIX}{name}.{key}": factor for key, factor in _factors(name, layer, dtype).items()}
         lora = _lora_config(config, layers, names)

@@ -301,6 +301,11 @@ class TinyLoraLayer(Mergeable):
         return "tinylora." + super().__repr__()
 
 
+def layers_of(model: nn.Module) -> dict[str, TinyLoraLayer]:
+    """The adapted layers of a model by their names in it, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TinyLoraLayer)}
+
+
 def _made_and_checked(
     layer: TinyLoraLayer,
     *,

@@ -18,7 +18,7 @@ from transformers import GenerationConfig
 
 from .experts import ParamWrapper
 from .internals import adapters_of
-from .layer import TinyLoraLayer
+from .layer import TinyLoraLayer, layers_of
 from .vector import Vectors
 
 
@@ -123,7 +123,7 @@ def _make_batch(
     args: Sequence[Any],
     options: Mapping[str, Any],
 ) -> Batch:
-    layers = [module for module in model.modules() if isinstance(module, TinyLoraLayer) and module.weight_names]
+    layers = [layer for layer in layers_of(model).values() if layer.weight_names]
     _check(model, layers, adapter_names)
     return Batch(_served(layers, vectors, adapter_names), len(adapter_names), _copies(model, args, options))
 

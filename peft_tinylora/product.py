@@ -9,6 +9,7 @@ With the gradient g of the result: the base layer's is g itself, that of x gains
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -82,7 +83,7 @@ class AddUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         y: torch.Tensor,
         x: torch.Tensor,
         v: torch.Tensor,
@@ -101,7 +102,7 @@ class AddUpdate(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "TinyLoRA's product has no second derivative by `backward(create_graph=True)`: use torch.func "

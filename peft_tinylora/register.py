@@ -38,7 +38,7 @@ from .checkpoint import check_loaded, damaged_file, unpack_file
 from .config import TinyLoraConfig, shortened
 from .errors import AdapterFileError, ConfigError, TinyLoraError
 from .internals import TRANSFORMERS_MARK, has_transformers_adapters, mark_without_adapters
-from .layer import TinyLoraLayer
+from .layer import TinyLoraLayer, layers_of
 from .model import TinyLoraModel
 from .untrusted import check_files, check_names
 
@@ -47,7 +47,7 @@ from .untrusted import check_files, check_names
 OLDEST_PEFT = "0.21.0"
 HUB_OPTIONS = frozenset(inspect.signature(hf_hub_download).parameters)  # of which PEFT takes those of a download
 
-_MAPPED = {
+_MAPPED: dict[str, tuple[dict[peft.PeftType, type], type]] = {
     "config": (PEFT_TYPE_TO_CONFIG_MAPPING, TinyLoraConfig),
     "tuner": (PEFT_TYPE_TO_TUNER_MAPPING, TinyLoraModel),
 }
@@ -175,7 +175,7 @@ def _forget_second(model: peft.PeftModel, adapter_name: str) -> None:
     """Drop what an adapter that could not be added beside others left behind, wherever that failed."""
     if adapter_name in model.peft_config:
         model.delete_adapter(adapter_name)
-    for layer in (module for module in model.modules() if isinstance(module, TinyLoraLayer)):
+    for layer in layers_of(model).values():
         layer.forget(adapter_name)
     vectors = model.base_model.tinylora_v
     vectors.forget_adapter(adapter_name)
@@ -309,8 +309,7 @@ def _take_back(model: PreTrainedModel, adapter_name: str) -> None:
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
         return
-    for name, module in list(model.named_modules()):
-        if isinstance(module, TinyLoraLayer):
-            model.set_submodule(name, module.base_layer)
+    for name, layer in layers_of(model).items():
+        model.set_submodule(name, layer.base_layer)
     del model.tinylora_v, model.peft_config
     mark_without_adapters(model)
