@@ -87,7 +87,7 @@ def main() -> None:
                 row(name, scale, label, results, effect)
 
 
-def wide(model: torch.nn.Module) -> torch.nn.Module:
+def wide(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     """The model in float64 where it is not quantized, ready for evaluation."""
     return model.eval() if getattr(model, "is_quantized", False) else model.double().eval()
 
@@ -134,7 +134,7 @@ def row(
     count = len(results)
     error = sum((merged - effect).norm() / effect.norm() for merged, _, _ in results) / count
     kept = sum((merged * effect).sum() / (effect * effect).sum() for merged, _, _ in results) / count
-    lost = "" if results[0][1] is None else f"{sum(lost for _, lost, _ in results) / count:.3f}"
+    lost = "" if results[0][1] is None else f"{sum(lost or 0.0 for _, lost, _ in results) / count:.3f}"
     solved = sum(solved for _, _, solved in results) / count
     print(f"{base:<6}{scale:>8g}  {label:<34}{error:>8.3f}{kept:>8.3f}{lost:>16}{solved:>9.1%}", flush=True)
 

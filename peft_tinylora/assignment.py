@@ -110,7 +110,7 @@ def groups_of(targets: Sequence[Target], config: PeftConfig) -> dict[str, int]:
     """Which v each matrix reads: its name -> group, in model order."""
     conventions = conventions_of(config)
     names = [name for target in targets for name in target.names]
-    if conventions.from_paper:
+    if conventions.tie is not None:
         return group_modules(names, conventions.tie, conventions.n_tie)
     return group_modules_by_ratio(names, config.weight_tying)
 
@@ -197,7 +197,7 @@ class TargetWeight:
             else:
                 self.quantization_backend = quantization_backend(layer, model)
                 check_supported(layer, key, self.quantization_backend)
-            self._shape = matrix_shape(layer)
+            self._shape: tuple[int, ...] = matrix_shape(layer)
         else:
             check_parameter(getattr(layer, parameter_name), key)
             self.adapted = wrapper_of_parameter(module, parameter_name)

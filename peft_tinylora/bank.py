@@ -188,7 +188,7 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
             raise AdapterFileError(f"The collection {slug} has no models in it.")
         return self._load_all(sources, token=token)
 
-    def _load_all(self, sources: dict[str, str | Path], **options: Any) -> list[str]:
+    def _load_all(self, sources: Mapping[str, str | Path], **options: Any) -> list[str]:
         for name in sources:
             self._check_name(name)
         progress = tqdm(sources.items(), desc="Adapters", unit="adapter", disable=len(sources) < 20, leave=False)

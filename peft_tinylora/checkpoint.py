@@ -28,15 +28,14 @@ from torch import nn
 
 from . import compact
 from .adapter_files import is_finite
-from .assignment import read_from_file
+from .assignment import groups_of, read_from_file
 from .basis import residual
 from .compact import VECTORS
 from .config import TinyLoraConfig, conventions_of
 from .errors import AdapterFileError, BasisMismatchError
 from .internals import name_without_fsdp
 from .layer import TinyLoraLayer, layers_of
-from .targets import target_names
-from .tying import group_modules
+from .targets import find_targets
 
 
 # `basis.residual` of the factors in a file against the loaded weight. Factors rounded to bf16 give about 0.003, the
@@ -65,9 +64,9 @@ def tensors_to_save(
     """
     tensors = {key: tensor for key, tensor in own.items() if "tinylora_" not in key}
     layers = _adapted_layers(model, adapter_name)
-    vectors_name, vectors = _vectors(model, adapter_name)
+    vectors_name, own_vectors = _vectors(model, adapter_name)
     # Where the state dict is one of gathered pieces, v is whole in it and not in the model.
-    vectors = {group: state_dict.get(f"{vectors_name}.{adapter_name}.{group}", v) for group, v in vectors.items()}
+    vectors = {group: state_dict.get(f"{vectors_name}.{adapter_name}.{group}", v) for group, v in own_vectors.items()}
     in_peft_model = vectors_name.startswith("base_model.")  # transformers writes prefixes itself
     prefix = "base_model." if in_peft_model else ""
     if _is_compact(config):
@@ -234,10 +233,7 @@ def unpack_file(
     if VECTORS in found:
         found = compact.unpack_vectors(config, found[VECTORS], compact.fingerprint_of(config))
     else:
-        groups = {
-            name: str(group)
-            for name, group in group_modules(target_names(model, config), config.tie, config.n_tie).items()
-        }
+        groups = {name: str(group) for name, group in groups_of(find_targets(model, config), config).items()}
         copies = [f"{VECTORS}.{index}" for index in range(len(groups))]
         _check({name: ("", found.get(name, torch.empty(config.u))) for name in copies}, found)
         found = _one_for_each_group(groups, found)

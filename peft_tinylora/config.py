@@ -191,7 +191,7 @@ class TinyLoraConfig(peft.TinyLoraConfig):
                 f"format_version={shortened(self.format_version)} in adapter_config.json: this version reads {FORMAT_VERSION}. The "
                 f"adapter was written by peft-tinylora {str(self.peft_tinylora_version)[:40]}: pip install -U peft-tinylora."
             )
-        ratio = self.weight_tying
+        ratio = self.weight_tying  # type: ignore[has-type]  # a field of PEFT's
         if isinstance(ratio, (int, float)) and ratio <= -1:
             self.weight_tying = -1.0 - ratio
 

@@ -104,7 +104,7 @@ def _unsupported(what: str) -> UnsupportedModuleError:
 
 
 # PEFT tells by this class name that a parameter is wrapped, and not the module that has it.
-class ParamWrapper(TinyLoraLayer, nn.Module):
+class ParamWrapper(TinyLoraLayer):
     """A module of which one parameter is adapted; for several, wrappers are nested, as in PEFT's LoRA.
 
     Args:
@@ -114,9 +114,8 @@ class ParamWrapper(TinyLoraLayer, nn.Module):
     """
 
     def __init__(self, base_layer: nn.Module, vectors: Vectors, parameter_name: str) -> None:
-        nn.Module.__init__(self)
-        self.parameter_name = parameter_name
-        TinyLoraLayer.__init__(self, base_layer, vectors)
+        self.parameter_name = parameter_name  # asked for when it is made
+        super().__init__(base_layer, vectors)
 
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape (out, in) or (experts, out, in)."""
@@ -162,7 +161,7 @@ class ParamWrapper(TinyLoraLayer, nn.Module):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The module without its wrappers; PEFT calls this rather than [`merge`] when it unloads."""
-        layer = self
+        layer: nn.Module = self
         while isinstance(layer, ParamWrapper):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)

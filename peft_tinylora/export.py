@@ -104,7 +104,7 @@ def export_adapter(
                 model.save_pretrained(partial)
             (partial / "README.md").unlink(missing_ok=True)  # PEFT's template, which says nothing of this adapter
         if not _save_tokenizer(str(source), partial, **hub_options) and to == "merged":
-            _save_tokenizer(base_model.name_or_path, partial, revision=config.revision)
+            _save_tokenizer(str(base_model.name_or_path), partial, revision=config.revision)
     return report
 
 
@@ -164,7 +164,7 @@ def _write_lora(
     _check_peft_reads(base_model, partial, tensors, others)
 
 
-def _factors(name: str, layer: TinyLoraLayer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _factors(name: str, layer: TinyLoraLayer, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """lora_A = A and lora_B = B R of one layer, with the shapes and the names that PEFT gives them.
 
     The experts of one parameter lie side by side: lora_A (experts * r, in), an expert's r rows together; lora_B

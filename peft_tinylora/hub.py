@@ -24,6 +24,7 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelInfo,
+    RepoFile,
     get_token,
     hf_hub_download,
 )
@@ -362,7 +363,8 @@ def _refuse_another_kind(info: ModelInfo, repository: str, private: bool | None)
 
 def _different(api: HfApi, files: Mapping[str, bytes | Path], repository: str, commit: str) -> list[str]:
     """The files of a commit that are not on the Hub as they were sent, by the hashes that it keeps."""
-    found = {info.path: info for info in api.get_paths_info(repository, list(files), revision=commit)}
+    there = api.get_paths_info(repository, list(files), revision=commit)
+    found = {info.path: info for info in there if isinstance(info, RepoFile)}
     wrong = []
     for name, content in files.items():
         data = content if isinstance(content, bytes) else content.read_bytes()

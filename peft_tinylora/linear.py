@@ -6,7 +6,7 @@ torch.compile, torch.export and torch.func take apart themselves, and which adds
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
     from .mixed import Batch
 
 
-class Linear(TinyLoraLayer, nn.Module):
+class Linear(TinyLoraLayer):
     """An adapted `nn.Linear`, transformers `Conv1D` or quantized linear layer: y = base(x) + B R A x."""
 
     def __init__(self, base_layer: nn.Module, vectors: Vectors, backend: QuantizationBackend | None = None) -> None:
-        nn.Module.__init__(self)
-        TinyLoraLayer.__init__(self, base_layer, vectors, backend)
+        super().__init__(base_layer, vectors, backend)
         self._folded: dict[str, Folded] = {}
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., in) -> (..., out), in the dtype that the base layer returns."""
         # Decoding comes here for each layer and token. What it does not need is tested for as cheaply as can be, past
         # calls and attributes of nn.Module.
-        base_layer = self._modules["base_layer"]
+        base_layer: Any = self._modules["base_layer"]
         if (self._disable_adapters or self.merged_adapters) and self._base_alone():
             return base_layer(x, *args, **kwargs)
         watched = is_watched(base_layer)
         if type(base_layer) is nn.Linear and not (watched or args or kwargs):
-            result = F.linear(x, base_layer._parameters["weight"], base_layer._parameters["bias"])
+            parameters: Any = base_layer._parameters
+            result = F.linear(x, parameters["weight"], parameters["bias"])
         else:
             result = base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None and x.requires_grad:
-            self._warn_if_gradient_ends(result)
+            self._warn_if_gradient_ends(result, self.quantization_backend.backend_name)
         # Whether nobody but this layer holds what the base layer returned, so that it may be written to.
         owned = not watched and result.is_contiguous()
         owned = owned and (type(base_layer) in (nn.Linear, Conv1D) or self.quantization_backend is not None)
@@ -57,10 +57,10 @@ class Linear(TinyLoraLayer, nn.Module):
                 return self._add(result, x, names, owned)
         return self._add_one(result, x, names[0], owned)
 
-    def _warn_if_gradient_ends(self, result: torch.Tensor) -> None:
+    def _warn_if_gradient_ends(self, result: torch.Tensor, backend_name: str) -> None:
         if not result.requires_grad and torch.is_grad_enabled():
             warnings.warn(
-                f"{self.quantization_backend.backend_name} passes no gradient through this base layer: what lies below it "
+                f"{backend_name} passes no gradient through this base layer: what lies below it "
                 "is trained wrongly. Quantize weights only, not activations.",
                 stacklevel=3,
             )
@@ -76,7 +76,8 @@ class Linear(TinyLoraLayer, nn.Module):
     def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str, owned: bool) -> torch.Tensor:
         """Add the update of one adapter by the fused product."""
         folded = self.folded(name)
-        dropout = self._modules["tinylora_dropout"]._modules[name]
+        dropouts: Any = self._modules["tinylora_dropout"]
+        dropout = dropouts._modules[name]
         if type(dropout) is not nn.Identity:
             x = dropout(x)
         if not torch.is_grad_enabled():
@@ -111,7 +112,8 @@ class Linear(TinyLoraLayer, nn.Module):
 
     def folded(self, adapter_name: str) -> Folded:
         """What this layer multiplies by for an adapter, folded anew if v or a factor has another value."""
-        modules, vectors = self._modules, self._shared_vectors[0]
+        modules: dict[str, Any] = self._modules
+        vectors = self._shared_vectors[0]
         A = modules["tinylora_A"]._buffers[adapter_name]
         B = modules["tinylora_B"]._buffers[adapter_name]
         P = modules["tinylora_P"]._buffers[adapter_name]
@@ -133,7 +135,7 @@ class Linear(TinyLoraLayer, nn.Module):
         self._folded[adapter_name] = Folded(A, B, P, v, values)
         return self._folded[adapter_name]
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         self._folded.clear()
         return super()._apply(fn, recurse)
 

@@ -6,6 +6,7 @@ with it. That is why every merge is measured, why unmerging puts the kept origin
 an adapter is best left unmerged.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from tqdm import tqdm
 
@@ -105,6 +107,11 @@ class KeptBase:
 class Mergeable(BaseTunerLayer):
     """The part of a layer that merges: what `TinyLoraLayer` has beside the factors."""
 
+    base_layer: nn.Module
+    quantization_backend: QuantizationBackend | None
+    survival: Survival | None  # of the update, in the last merge
+    _kept: KeptBase | None  # the original while merged
+
     def unmerged_matrix(self) -> torch.Tensor:
         """The weight W (out, in) that the base model came with, in fp32 or better, also while adapters are merged."""
         if self._kept is None:
@@ -165,7 +172,7 @@ class Mergeable(BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.tinylora_A]
         if not names:
             return
-        update = sum(map(self.get_delta_weight, self.merged_adapters + names))
+        update = functools.reduce(torch.add, map(self.get_delta_weight, self.merged_adapters + names))
         before = KeptBase(self)
         original = self._kept or before
         original.restore()
@@ -195,19 +202,22 @@ class Mergeable(BaseTunerLayer):
 
     def _quantize_again(self, total: torch.Tensor, original: KeptBase) -> None:
         backend = self.quantization_backend
+        assert backend is not None
         if not backend.backend_name.startswith("bnb"):  # the others compute in the dtype of what they quantize
             total = total.to(backend.get_base_weight(self.get_base_layer()).dtype)
         backend.set_base_weight(self, total)
         original.restore_attributes()
         if backend.backend_name == "bnb 4bit":
             # The dtype of what it dequantizes to: that of the model, and not that of `total`.
-            self.get_base_layer().weight.quant_state.dtype = original.parameter.quant_state.dtype
+            before: Any = original.parameter
+            self.get_base_layer().weight.quant_state.dtype = before.quant_state.dtype
 
     def unmerge(self) -> None:
         """Put the original base weight back."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        assert self._kept is not None
         self._kept.restore()
         self._kept = None
         self.merged_adapters.clear()

@@ -60,6 +60,7 @@ class TinyLoraModel(Combining):
     # PEFT then refuses `inject_adapter_in_model` for arbitrary modules, which would lose the vectors. The exception,
     # transformers' models, is made in register.py.
     uses_shared_state = True
+    tinylora_v: Vectors
 
     def __init__(
         self,
@@ -316,7 +317,7 @@ class TinyLoraModel(Combining):
         self._awaiting_file.discard(adapter_name)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is None:
             yield
             return

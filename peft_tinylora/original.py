@@ -74,7 +74,7 @@ class OriginalWeights:
                 f"basis='full-precision': {self.name} has no {missing[0]}, which its {SAFE_WEIGHTS_INDEX_NAME} names: "
                 "download the checkpoint again."
             )
-        return {tensor: paths[file] for tensor, file in file_of.items()}
+        return {tensor: path for tensor, file in file_of.items() if (path := paths[file]) is not None}
 
     def read(self, key: str, layer: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
         """W (out, in) of a module, in fp32 or better, on the CPU.

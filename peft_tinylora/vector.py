@@ -5,7 +5,8 @@ model, as with `model.to(torch.bfloat16)`: in bf16 an Adam step of 1e-4 on |v| =
 rounds to nothing, and the paper finds fp32 the best even for the bytes it takes (section 6, figure 4).
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import ValuesView
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -54,6 +55,11 @@ class Vectors(nn.ModuleDict):
         self._layers = 0
         self._seen: dict[str, _Seen] = {}
 
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> nn.ParameterDict: ...
+        def values(self) -> ValuesView[nn.ParameterDict]: ...
+
     def next_position(self) -> int:
         """A layer's place in the order in which layers were made."""
         self._layers += 1
@@ -62,7 +68,8 @@ class Vectors(nn.ModuleDict):
     def vector_of(self, adapter_name: str, group: str) -> torch.Tensor:
         """The v of a group, shape (u,)."""
         # Not through ParameterDict, which would take several calls for each layer and token of decoding.
-        registered = self._modules[adapter_name]._parameters
+        of_adapter: Any = self._modules[adapter_name]
+        registered = of_adapter._parameters
         return registered[group] if group in registered else self[adapter_name][group]
 
     def groups_of(self, adapter_name: str) -> list[str]:
