@@ -223,7 +223,7 @@ class TargetWeight:
 
 def read_from_file(config: PeftConfig) -> bool:
     """Whether a config was read from an adapter's folder, so that its factors are about to be loaded."""
-    return isinstance(config, TinyLoraConfig) and config._from_file
+    return isinstance(config, TinyLoraConfig) and config.is_from_file
 
 
 def bounded_rank(config: PeftConfig, shape: tuple[int, ...], name: str) -> int:
@@ -239,7 +239,7 @@ def bounded_rank(config: PeftConfig, shape: tuple[int, ...], name: str) -> int:
         f"r={config.r} is larger than the smallest side of module {name!r}, whose weight is "
         f"{' x '.join(map(str, shape))}"
     )
-    from_peft = not isinstance(config, TinyLoraConfig) or (config._from_file and not config.uses_paper_conventions)
+    from_peft = not isinstance(config, TinyLoraConfig) or (config.is_from_file and not config.uses_paper_conventions)
     if not from_peft:
         raise BasisError(f"{message}. Use r={smallest} or less, or name the module in `exclude_modules`.")
     if not config.inference_mode:

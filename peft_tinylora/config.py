@@ -161,8 +161,8 @@ class TinyLoraConfig(peft.TinyLoraConfig):
     def __post_init__(self) -> None:
         # Only in a file is the type a plain string; the factors are then about to be loaded, not computed.
         self.adapted_modules: list[str] = []  # filled in where a portable file must name them for stock PEFT
-        self._from_file = self.peft_type is not None and not isinstance(self.peft_type, peft.PeftType)
-        if self._from_file:
+        self.is_from_file = self.peft_type is not None and not isinstance(self.peft_type, peft.PeftType)
+        if self.is_from_file:
             check_types(self)
         if self.peft_type is not None:  # as from `to_dict`, or a file
             self._read_compact_fields()
@@ -336,7 +336,7 @@ def check_own_fields(config: TinyLoraConfig) -> None:
         value = getattr(config, name)
         if value is not None and value not in allowed:
             raise ConfigError(f"{name}={shortened(value)}: allowed are {', '.join(map(repr, allowed))}.")
-    if config.layers_to_transform is not None and isinstance(config.target_modules, str) and not config._from_file:
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str) and not config.is_from_file:
         # As LoraConfig does. PEFT would leave the layers out of account, and not when the adapter is loaded again.
         raise ConfigError(
             f"target_modules={config.target_modules!r} with layers_to_transform={config.layers_to_transform}: name the "

@@ -94,7 +94,7 @@ def check_names(config: TinyLoraConfig, model: nn.Module) -> None:
         AdapterFileError: if a list is far longer than the model, or a pattern is no regular expression, or takes too long;
             names the field.
     """
-    if not config._from_file:
+    if not config.is_from_file:
         return
     names = [name for name, _ in model.named_modules()]
     most = max(MOST_NAMES, len(names))
