@@ -282,14 +282,16 @@ def _unpack_file(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     config, tensors = arguments.get("peft_config"), arguments.get("adapter_state_dict")
     if config is None and folder is not None:
         config = _saved_config(folder, _hub_options(options))
-    if folder is None and tensors is None:
-        return  # transformers has its own to say of that
     if not isinstance(config, TinyLoraConfig) or not config.uses_paper_conventions:
         return  # of TinyLoRA, it is refused before its weights are read
     arguments["peft_config"] = config
     if tensors is None:
         ignores_sizes = getattr(load_config, "ignore_mismatched_sizes", False) or more.get("ignore_mismatched_sizes")
-        assert folder is not None
+        if folder is None:
+            raise AdapterFileError(
+                "load_adapter(peft_config=...) names no weights: give the adapter's folder or Hub id as `peft_model_id`, or "
+                "its tensors as `adapter_state_dict`."
+            )
         check_names(config, model)
         path = check_files(model, config, folder, _hub_options(options), bool(ignores_sizes))
         try:
