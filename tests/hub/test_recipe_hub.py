@@ -43,7 +43,7 @@ def run(hub, home: Path, *command: str, **more: str) -> subprocess.CompletedProc
     return subprocess.run(
         [*warm_python(), *command],
         cwd=ROOT,
-        env=environment(hub, home, OMP_NUM_THREADS="2", **more),
+        env=environment(hub, home, **more),
         capture_output=True,
         text=True,
         timeout=300,
