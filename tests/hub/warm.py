@@ -55,7 +55,8 @@ def answer(connection: socket.socket) -> int:
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["folder"])
-    importlib.reload(sys.modules["huggingface_hub.constants"])
+    constants = importlib.reload(sys.modules["huggingface_hub.constants"])
+    sys.modules["huggingface_hub.hf_api"].api.endpoint = constants.ENDPOINT  # of the functions of the package itself
     if "OMP_NUM_THREADS" in os.environ:
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     status = 0
