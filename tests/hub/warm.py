@@ -1,6 +1,6 @@
-"""A warm interpreter: it has imported what takes seconds, and forks for each command; Linux and macOS.
+"""A warm interpreter: it has imported what takes seconds, and forks for each command.
 
-    python warm.py serve SOCKET                          imports, then says "ready" and waits
+    python warm.py serve SOCKET                          imports, says "ready", and waits until its parent is gone
     python warm.py run SOCKET python script.py ...       as `python script.py ...`, in a fork of it: milliseconds
 
 The fork has the arguments, folder, environment, stdin and stdout of who asked, also where huggingface_hub and OpenMP read
@@ -12,6 +12,8 @@ import importlib
 import json
 import os
 import runpy
+import select
+import signal
 import socket
 import sys
 import traceback
@@ -26,22 +28,25 @@ HEAVY = (
 
 
 def serve(path: str) -> None:
-    """Import, then answer one connection after the other, each in a child of its own."""
+    """Import, then answer one connection after the other, each in a child of its own, until who started it is gone."""
+    parent = os.getppid()
     warnings.simplefilter("ignore")
     for name in HEAVY:
         importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the children
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(path)
         server.listen()
         print("ready", flush=True)
-        while True:
+        while os.getppid() == parent:
+            if not select.select([server], [], [], 5)[0]:
+                continue
             connection, _ = server.accept()
             if os.fork() == 0:
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 server.close()
                 os._exit(answer(connection))
             connection.close()
-            while os.waitpid(-1, os.WNOHANG)[0]:  # those that have ended meanwhile; this one has not
-                pass
 
 
 def answer(connection: socket.socket) -> int:
