@@ -63,7 +63,9 @@ def test_trained_and_pushed_here_and_the_same_answers_elsewhere_by_its_id(hub, t
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     files = hub.repositories["user/trained"]
-    assert load(files["adapter_model.safetensors"])["base_model.tinylora_v"].all()  # or anything answers as the base does
+    assert load(files["adapter_model.safetensors"])[
+        "base_model.tinylora_v"
+    ].all()  # or anything answers as the base does
     curve = {"grpo": "reward", "sft": "loss"}[recipe]
     assert files.keys() == ADAPTER | {f"{curve}_curve.csv", f"{curve}_curve.png"}
     assert sum("/commit/" in request for request in hub.requests) == 1
