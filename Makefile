@@ -162,6 +162,8 @@ quality: setup
 	@echo "quality: ruff"
 	@$(VENV)/bin/ruff check .
 	@$(VENV)/bin/ruff format --check .
+	@echo "quality: mypy"
+	@$(VENV)/bin/mypy peft_tinylora trl_recipes benchmarks
 
 style: setup
 	@$(VENV)/bin/ruff check --fix .

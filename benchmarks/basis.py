@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -79,7 +79,7 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
 
 
-def timed(function: Callable, *arguments: object, **options: object) -> tuple[float, object]:
+def timed(function: Callable, *arguments: object, **options: object) -> tuple[float, Any]:
     """Calls a function; returns its seconds, those of the GPU with them, and its result."""
     synchronize()
     start = time.perf_counter()
@@ -90,7 +90,8 @@ def timed(function: Callable, *arguments: object, **options: object) -> tuple[fl
 
 def decompose(W: torch.Tensor, with_stock: bool) -> Decomposition:
     """Measures both projects on one matrix, in turns."""
-    stock_seconds, ours_seconds = [], []
+    stock_seconds: list[float] = []
+    ours_seconds: list[float] = []
     stock_angle = float("nan")
     exact = exact_vectors(W)
     for repeat in range(REPEATS):
@@ -146,7 +147,11 @@ def basis_tables(quick: bool, device: str = "cpu") -> str:
             progress(f"basis of {shape[0]}x{shape[1]}, {spectrum}")
             generator = torch.Generator().manual_seed(seed)
             is_spiked = spectrum == SPECTRA[0]
-            W = trained_like(*shape, generator) if is_spiked else STD * torch.randn(shape, generator=generator)
+            W = (
+                trained_like(shape[0], shape[1], generator)
+                if is_spiked
+                else STD * torch.randn(shape, generator=generator)
+            )
             measured[shape, spectrum] = decompose(W.to(device), with_stock=is_spiked or shape != large[-1])
     head = "out x in,spectrum,stock (s),ours (s),ratio,angle of ours,certificate,angle of stock,peak (W)".split(",")
     rows = [[f"{m}x{n}", spectrum, *basis_cells(found)] for ((m, n), spectrum), found in measured.items()]

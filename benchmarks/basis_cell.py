@@ -108,7 +108,7 @@ def save_base(folder: Path, quick: bool) -> int:
     model = AutoModelForCausalLM.from_config(base_config(quick), dtype=torch.bfloat16)
     largest = 0
     for layer in (module for module in model.model.modules() if isinstance(module, nn.Linear)):
-        layer.weight.data.copy_(trained_like(*layer.weight.shape, generator, spikes=3))
+        layer.weight.data.copy_(trained_like(layer.out_features, layer.in_features, generator, spikes=3))
         largest = max(largest, 4 * layer.weight.numel())
     transformers.utils.logging.disable_progress_bar()
     model.save_pretrained(folder)

@@ -12,11 +12,18 @@ import argparse
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 import peft_tinylora  # noqa: F401  registers the tuner
 from trl_recipes.problems import load_rows
@@ -80,12 +87,12 @@ def main() -> None:
                 row(name, scale, label, results, effect)
 
 
-def wide(model: torch.nn.Module) -> torch.nn.Module:
+def wide(model: PreTrainedModel | PeftModel) -> PreTrainedModel | PeftModel:
     """The model in float64 where it is not quantized, ready for evaluation."""
     return model.eval() if getattr(model, "is_quantized", False) else model.double().eval()
 
 
-def ways(quantized: bool) -> list[tuple[str, list[dict[str, object]]]]:
+def ways(quantized: bool) -> list[tuple[str, list[dict[str, Any]]]]:
     """The ways to merge: a label, and the options of `merge_and_unload`, several where they are averaged."""
     if quantized:
         return [("into NF4", [{}]), ("dequantized, fp32", [{"dequantize": True}])]
@@ -93,7 +100,7 @@ def ways(quantized: bool) -> list[tuple[str, list[dict[str, object]]]]:
     return [("to nearest", [{}]), (f"stochastic, mean of {len(SEEDS)} seeds", stochastic)]
 
 
-def settings_of(adapter: str) -> dict[str, object]:
+def settings_of(adapter: str) -> dict[str, Any]:
     """The fields of the adapter's config that say what it is."""
     config = json.loads((Path(adapter) / "adapter_config.json").read_text())
     names = ("r", "u", "tie", "n_tie", "sigma", "projection_seed", "target_modules")
@@ -106,12 +113,12 @@ def logits(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tens
     return model(**batch).logits[batch["attention_mask"].bool()]
 
 
-def answers(model: torch.nn.Module, tokenizer: AutoTokenizer, problems: list[dict[str, str]]) -> list[str]:
+def answers(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, problems: list[dict[str, str]]) -> list[str]:
     """The model's greedy answers."""
     return score(model, tokenizer, problems, batch_size=len(problems), max_completion_length=40).completions
 
 
-def greedy(model: torch.nn.Module, tokenizer: AutoTokenizer, problems: list[dict[str, str]]) -> float:
+def greedy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, problems: list[dict[str, str]]) -> float:
     """Share of problems solved greedily."""
     return score(model, tokenizer, problems, batch_size=len(problems), max_completion_length=40).fraction
 
@@ -127,7 +134,7 @@ def row(
     count = len(results)
     error = sum((merged - effect).norm() / effect.norm() for merged, _, _ in results) / count
     kept = sum((merged * effect).sum() / (effect * effect).sum() for merged, _, _ in results) / count
-    lost = "" if results[0][1] is None else f"{sum(lost for _, lost, _ in results) / count:.3f}"
+    lost = "" if results[0][1] is None else f"{sum(lost or 0.0 for _, lost, _ in results) / count:.3f}"
     solved = sum(solved for _, _, solved in results) / count
     print(f"{base:<6}{scale:>8g}  {label:<34}{error:>8.3f}{kept:>8.3f}{lost:>16}{solved:>9.1%}", flush=True)
 

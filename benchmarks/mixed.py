@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from benchmarks.basis import markdown
@@ -43,7 +43,7 @@ def names_of(distinct: int) -> list[str]:
     return [f"adapter {row % distinct}" for row in range(ROWS)]
 
 
-def with_bank(cell: Cell) -> tuple[nn.Module, AdapterBank]:
+def with_bank(cell: Cell) -> tuple[PeftModel, AdapterBank]:
     """The base model with one TinyLoRA adapter, and a bank over it with one for each row."""
     model = get_peft_model(shared_copy(base_model(cell)), tinylora(MODELS[cell.model])).eval()
     bank = AdapterBank(model)
@@ -75,7 +75,7 @@ def seconds_table(cell: Cell, rounds: int) -> str:
         with torch.no_grad():
             model(input_ids=ids, **options)
 
-    def decode(model: nn.Module, **options: object) -> None:
+    def decode(model: PeftModel, **options: object) -> None:
         model.generate(
             input_ids=ids[:, :1],
             attention_mask=torch.ones_like(ids[:, :1]),

@@ -8,6 +8,7 @@ context or the allocator's own rounding takes. The profiler slows the block down
 
 import gc
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch.autograd.profiler import profile
@@ -40,7 +41,8 @@ class PeakMemory:
             return
         self.profiler.__exit__(error_type, error, traceback)
         # The profiler keeps the raw records on this attribute only; the public averages hold sums, no peak.
-        records = [record for record in self.profiler.kineto_results.events() if record.name() == "[memory]"]
+        kept: Any = self.profiler.kineto_results
+        records = [record for record in kept.events() if record.name() == "[memory]"]
         alive = most = 0
         for record in sorted(records, key=lambda record: record.start_ns()):
             alive += record.nbytes()

@@ -136,7 +136,7 @@ def tasks(base: PreTrainedModel, cell: Cell) -> dict[str, Callable[[nn.Module], 
         # To the embeddings, so that the bare model has a backward pass too, and the same one.
         model(inputs_embeds=embedded.clone().requires_grad_()).logits.float().square().mean().backward()
 
-    def decode(model: nn.Module) -> None:
+    def decode(model: PreTrainedModel) -> None:
         model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),

@@ -137,9 +137,10 @@ def table(results: dict[tuple[str, str], list[dict]]) -> str:
             continue
         cells = [*row, f"{repeats[0][METHODS[0]]['trained']:,}"]
         for quantity, values in figures[row].items():
-            ratio = "" if reference is None else statistics.median(values) / statistics.median(reference[quantity])
+            own = statistics.median(values)
+            ratio = "" if reference is None else f"{own / statistics.median(reference[quantity]):.2f}"
             form = ",.1f" if quantity.endswith("megabytes") else ".2f"
-            cells += [median_and_range(values, form), ratio and f"{ratio:.2f}"]
+            cells += [median_and_range(values, form), ratio]
         lines.append(cells)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

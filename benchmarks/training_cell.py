@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggingface_hub is imported
@@ -32,6 +33,7 @@ from transformers import (  # noqa: E402
     PreTrainedModel,
     Trainer,
     TrainerCallback,
+    TrainerState,
 )
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer  # noqa: E402
 
@@ -179,13 +181,13 @@ class StepMeter(TrainerCallback):
         self.step_seconds: list[float] = []
         self.memory = PeakMemory()
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.steps - 1:
             self.memory.__enter__()
         synchronize()
         self.started = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         synchronize()
         seconds = time.perf_counter() - self.started
         if state.global_step == self.steps:

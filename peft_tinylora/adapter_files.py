@@ -5,7 +5,7 @@ in a downloaded file becomes a path. What only the base model can tell (the basi
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -196,7 +196,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
         return True  # of 4 bits, which have neither
 
 
-def packed_vectors(tensors: dict[str, torch.Tensor]) -> torch.Tensor | None:
+def packed_vectors(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
     """The one tensor (groups, u) of a compact file; `None` for a portable one."""
     names = (f"base_model.{compact.VECTORS}", f"base_model.model.{compact.VECTORS}")
     return next((tensors[name] for name in names if name in tensors), None)
@@ -240,7 +240,7 @@ def reason_of(error: Exception, revision: str | None = None) -> str:
         return "the token may not do this (403): use one with write access to it, or another name."
     if status == 429:
         return "the Hub asks to wait (429): try again in some minutes."
-    if status is not None:
+    if isinstance(error, HfHubHTTPError):
         said = (error.server_message or "").strip().splitlines()
         return f"the Hub answered {status}{': ' + said[0] if said else ''}."
     if isinstance(error, HTTPError):

@@ -21,7 +21,7 @@ from .config import TinyLoraConfig, conventions_of
 from .errors import BasisError, ConfigError
 from .experts import wrapper_of_parameter
 from .layer import TinyLoraLayer
-from .projection import draw_projection, seed_of_module
+from .projection import draw_projection, seed_of_target
 from .source import WeightSource
 from .targets import Target, find_targets
 from .tying import group_modules, group_modules_by_ratio
@@ -110,7 +110,7 @@ def groups_of(targets: Sequence[Target], config: PeftConfig) -> dict[str, int]:
     """Which v each matrix reads: its name -> group, in model order."""
     conventions = conventions_of(config)
     names = [name for target in targets for name in target.names]
-    if conventions.from_paper:
+    if conventions.tie is not None:
         return group_modules(names, conventions.tie, conventions.n_tie)
     return group_modules_by_ratio(names, config.weight_tying)
 
@@ -154,10 +154,8 @@ def projection_of(config: PeftConfig, names: Sequence[str], index: int, r: int, 
     Returns:
         `torch.Tensor`: shape (u, r, r), or (experts, u, r, r); float32, on the CPU.
     """
-    if conventions_of(config).from_paper:
-        seeds = [seed_of_module(config.projection_seed, name) for name in names]
-    else:
-        seeds = [config.projection_seed + index]
+    from_paper = conventions_of(config).from_paper
+    seeds = [seed_of_target(config.projection_seed, name, index, from_paper) for name in names]
     draws = torch.stack([draw_projection(config.u, r, seed) for seed in seeds])
     return draws if stacked else draws[0]
 
@@ -199,7 +197,7 @@ class TargetWeight:
             else:
                 self.quantization_backend = quantization_backend(layer, model)
                 check_supported(layer, key, self.quantization_backend)
-            self._shape = matrix_shape(layer)
+            self._shape: tuple[int, ...] = matrix_shape(layer)
         else:
             check_parameter(getattr(layer, parameter_name), key)
             self.adapted = wrapper_of_parameter(module, parameter_name)
@@ -225,7 +223,7 @@ class TargetWeight:
 
 def read_from_file(config: PeftConfig) -> bool:
     """Whether a config was read from an adapter's folder, so that its factors are about to be loaded."""
-    return isinstance(config, TinyLoraConfig) and config._from_file
+    return isinstance(config, TinyLoraConfig) and config.is_from_file
 
 
 def bounded_rank(config: PeftConfig, shape: tuple[int, ...], name: str) -> int:
@@ -241,7 +239,7 @@ def bounded_rank(config: PeftConfig, shape: tuple[int, ...], name: str) -> int:
         f"r={config.r} is larger than the smallest side of module {name!r}, whose weight is "
         f"{' x '.join(map(str, shape))}"
     )
-    from_peft = not isinstance(config, TinyLoraConfig) or (config._from_file and not config.uses_paper_conventions)
+    from_peft = not isinstance(config, TinyLoraConfig) or (config.is_from_file and not config.uses_paper_conventions)
     if not from_peft:
         raise BasisError(f"{message}. Use r={smallest} or less, or name the module in `exclude_modules`.")
     if not config.inference_mode:

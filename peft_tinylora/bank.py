@@ -24,7 +24,7 @@ from .checkpoint import damaged_file
 from .config import TinyLoraConfig
 from .errors import AdapterFileError, BasisMismatchError, ConfigError
 from .experts import ParamWrapper
-from .layer import FactorState, TinyLoraLayer, is_same_state
+from .layer import FactorState, is_same_state, layers_of
 from .mixed import BASE
 
 
@@ -70,8 +70,8 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
             )
         self._layers = {
             layer.weight_names[adapter_name]: layer
-            for layer in model.modules()
-            if isinstance(layer, TinyLoraLayer) and adapter_name in layer.tinylora_A
+            for layer in layers_of(model).values()
+            if adapter_name in layer.tinylora_A
         }
         experts = [name for name, layer in self._layers.items() if isinstance(layer, ParamWrapper)]
         if experts:
@@ -188,7 +188,7 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
             raise AdapterFileError(f"The collection {slug} has no models in it.")
         return self._load_all(sources, token=token)
 
-    def _load_all(self, sources: dict[str, str | Path], **options: Any) -> list[str]:
+    def _load_all(self, sources: Mapping[str, str | Path], **options: Any) -> list[str]:
         for name in sources:
             self._check_name(name)
         progress = tqdm(sources.items(), desc="Adapters", unit="adapter", disable=len(sources) < 20, leave=False)

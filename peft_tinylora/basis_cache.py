@@ -92,7 +92,7 @@ def file_name(weights: str, canonical: bool, modules: Iterable[tuple[str, tuple[
         canonical (`bool`): as in [`compute_basis`].
         modules: (name, shape of W, r) of each, in any order.
     """
-    modules = sorted([name, list(shape), r] for name, shape, r in modules)
+    modules = sorted(modules)
     digest = hashlib.sha256(json.dumps([FORMAT, weights, canonical, modules]).encode()).hexdigest()[:16]
     r = max((r for _, _, r in modules), default=0)
     return f"r{r}-{_slug(weights)}-{digest}{SUFFIX}"
@@ -154,9 +154,7 @@ def read(path: Path) -> dict[str, Basis]:
 
 def _to_bases(tensors: Mapping[str, torch.Tensor]) -> dict[str, Basis]:
     names = [key.removesuffix(".angle") for key in tensors if key.endswith(".angle")]
-    return {
-        name: Basis(*(tensors[f"{name}.{kind}"] for kind in "AB"), tensors[f"{name}.angle"].item()) for name in names
-    }
+    return {name: Basis(tensors[f"{name}.A"], tensors[f"{name}.B"], tensors[f"{name}.angle"].item()) for name in names}
 
 
 def write(path: Path, bases: Mapping[str, Basis], base: str, weights: str) -> None:

@@ -327,9 +327,10 @@ def add_evaluation(folder: Path, evaluation: Evaluation) -> ModelCard:
         card = ModelCard(text)
     except (ValueError, yaml.YAMLError) as error:
         raise AdapterFileError(f"The metadata of {readme} cannot be read ({error}): mend or remove it.") from error
-    new = model_index(evaluation)
-    kept = [old for old in card.data.eval_results or [] if not any(old.is_equal_except_value(each) for each in new)]
-    card.data.model_name, card.data.eval_results = card.data.model_name or folder.name, [*kept, *new]
+    new, data = model_index(evaluation), card.data
+    assert isinstance(data, ModelCardData)
+    kept = [old for old in data.eval_results or [] if not any(old.is_equal_except_value(each) for each in new)]
+    data.model_name, data.eval_results = data.model_name or folder.name, [*kept, *new]
     temporary = folder / "README.md.tmp"
     temporary.write_text(str(card), encoding="utf-8")
     os.replace(temporary, readme)
@@ -348,7 +349,8 @@ def is_empty_form(text: str) -> bool:
 
 def use_lines(card: ModelCard) -> str:
     """The Python of a card of [`make_card`] that loads the adapter and tries it."""
-    return re.search(r"^## Use$.*?^```python$\n(.*?)^```$", card.text, re.DOTALL | re.MULTILINE).group(1)
+    [lines] = re.findall(r"^## Use$.*?^```python$\n(.*?)^```$", card.text, re.DOTALL | re.MULTILINE)
+    return lines
 
 
 def is_hub_id(name: str) -> bool:

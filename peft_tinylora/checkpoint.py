@@ -19,7 +19,7 @@ error, and so is a basis of other weights than those of the model.
 """
 
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -27,14 +27,15 @@ from safetensors import SafetensorError
 from torch import nn
 
 from . import compact
-from .assignment import read_from_file
+from .adapter_files import is_finite
+from .assignment import groups_of, read_from_file
 from .basis import residual
 from .compact import VECTORS
 from .config import TinyLoraConfig, conventions_of
 from .errors import AdapterFileError, BasisMismatchError
-from .layer import TinyLoraLayer
-from .targets import target_names
-from .tying import group_modules
+from .internals import name_without_fsdp
+from .layer import TinyLoraLayer, layers_of
+from .targets import find_targets
 
 
 # `basis.residual` of the factors in a file against the loaded weight. Factors rounded to bf16 give about 0.003, the
@@ -63,9 +64,9 @@ def tensors_to_save(
     """
     tensors = {key: tensor for key, tensor in own.items() if "tinylora_" not in key}
     layers = _adapted_layers(model, adapter_name)
-    vectors_name, vectors = _vectors(model, adapter_name)
+    vectors_name, own_vectors = _vectors(model, adapter_name)
     # Where the state dict is one of gathered pieces, v is whole in it and not in the model.
-    vectors = {group: state_dict.get(f"{vectors_name}.{adapter_name}.{group}", v) for group, v in vectors.items()}
+    vectors = {group: state_dict.get(f"{vectors_name}.{adapter_name}.{group}", v) for group, v in own_vectors.items()}
     in_peft_model = vectors_name.startswith("base_model.")  # transformers writes prefixes itself
     prefix = "base_model." if in_peft_model else ""
     if _is_compact(config):
@@ -123,7 +124,7 @@ def tensors_to_load(
     unknown = others.keys() - _known_names(model)
     # PEFT saves the biases of `modules_to_save` under a second name, which no model has.
     unknown = {key for key in unknown if ".modules_to_save." not in key}
-    broken = [key for key, tensor in others.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+    broken = [key for key, tensor in others.items() if tensor.is_floating_point() and not is_finite(tensor)]
     if len(found) + len(others) != len(state_dict):
         raise AdapterFileError("The adapter file has a tensor under two names. Nothing was loaded. Save it anew.")
     is_compact = VECTORS in found
@@ -232,10 +233,7 @@ def unpack_file(
     if VECTORS in found:
         found = compact.unpack_vectors(config, found[VECTORS], compact.fingerprint_of(config))
     else:
-        groups = {
-            name: str(group)
-            for name, group in group_modules(target_names(model, config), config.tie, config.n_tie).items()
-        }
+        groups = {name: str(group) for name, group in groups_of(find_targets(model, config), config).items()}
         copies = [f"{VECTORS}.{index}" for index in range(len(groups))]
         _check({name: ("", found.get(name, torch.empty(config.u))) for name in copies}, found)
         found = _one_for_each_group(groups, found)
@@ -283,22 +281,15 @@ def check_loaded(model: nn.Module, config: PeftConfig, adapter_name: str, keys: 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, TinyLoraLayer]:
     """Name in the state dict of `model` -> layer, for those that have the adapter."""
     return {
-        name: module
-        for name, module in _named_modules(model)
-        if isinstance(module, TinyLoraLayer) and adapter_name in module.tinylora_A
+        name_without_fsdp(name): layer for name, layer in layers_of(model).items() if adapter_name in layer.tinylora_A
     }
-
-
-def _named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    # FSDP wraps modules in others, which its state dict does not name.
-    for name, module in model.named_modules():
-        yield name.replace("_fsdp_wrapped_module.", ""), module
 
 
 def _vectors(model: nn.Module, adapter_name: str) -> tuple[str, nn.ParameterDict]:
     """Name in the state dict of the dictionary of all vectors, and the vectors of one adapter."""
     shared = next(iter(_adapted_layers(model, adapter_name).values())).tinylora_v
-    return next(name for name, module in _named_modules(model) if module is shared), shared[adapter_name]
+    name = next(name for name, module in model.named_modules() if module is shared)
+    return name_without_fsdp(name), shared[adapter_name]
 
 
 def _slots(
@@ -364,7 +355,7 @@ def _check(
     ]
     if misshapen:
         problems.append(f"{len(misshapen)} of the wrong shape ({_some(misshapen)})")
-    broken = [*broken] + [name for name in both if not found[name].is_meta and not torch.isfinite(found[name]).all()]
+    broken = [*broken] + [name for name in both if not found[name].is_meta and not is_finite(found[name])]
     if broken:
         problems.append(f"{len(broken)} with NaN or Inf ({_some(broken)})")
     if problems:

@@ -3,6 +3,7 @@
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import TaskType
@@ -80,7 +81,7 @@ def load_base(
     task_type: TaskType | None = TaskType.CAUSAL_LM,
 ) -> nn.Module:
     """The base model, on the GPU if there is one and it is quantized, else on the CPU."""
-    loading = {}
+    loading: dict[str, Any] = {}
     if options.load_in_4bit or options.load_in_8bit:
         loading["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=options.load_in_4bit,

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, task_arithmetic, ties
 
-from .layer import TinyLoraLayer
+from .layer import TinyLoraLayer, layers_of
 from .mixed import have_same_basis
 from .vector import Vectors
 
@@ -23,7 +24,7 @@ VOTING = {"ties": ties, "dare_ties": dare_ties}
 COMBINATION_TYPES = ("linear", *PRUNING, *VOTING)
 
 
-class Combining:
+class Combining(BaseTuner):
     """The part of the tuner that makes one adapter of several."""
 
     @torch.inference_mode(False)  # a server may be in it, and what is made in it could not be trained
@@ -49,7 +50,7 @@ class Combining:
             ValueError: if an argument cannot be meant, or the adapters differ in more than v; nothing is added.
         """
         _check_combination(combination_type, density, majority_sign_method)
-        layers = [module for module in self.model.modules() if isinstance(module, TinyLoraLayer)]
+        layers = list(layers_of(self.model).values())
         _check_adapters(self.peft_config, self.tinylora_v, layers, adapters, weights, adapter_name)
         tables = [self.tinylora_v.vectors_of(name) for name in adapters]
         combined = combine(tables, weights, combination_type, density, majority_sign_method)

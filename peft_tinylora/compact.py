@@ -178,10 +178,10 @@ def rebuild_bases(
             requests.append(_request(source, layer, adapter_name))
     built = _build(source, config, requests)
     for name, layer in layers.items():
-        basis = built.get(layer.weight_names[adapter_name])
-        if basis is not None:
+        computed = built.get(layer.weight_names[adapter_name])
+        if computed is not None:
             P = found.get(f"{name}.tinylora_P", layer.tinylora_P[adapter_name])
-            bases[name] = checks[name](basis, P)
+            bases[name] = checks[name](computed, P)
     if config.basis == "unchecked":
         saved_by_name = dict(zip(layers, sketches, strict=True))
         _warn_of_another({name: fingerprint.factor_distance(b, saved_by_name[name]) for name, b in bases.items()})
@@ -258,7 +258,7 @@ def _warn_of_another(distances: Mapping[str, float]) -> None:
     """One warning for all modules whose basis is another one than that of training, where the user took it unchecked."""
     others = {name: distance for name, distance in distances.items() if not distance <= SKETCH_TOLERANCE}
     if others:
-        worst = max(others, key=others.get)
+        worst = max(others, key=others.__getitem__)
         warnings.warn(
             f"{ANOTHER_BASIS}: {len(others)} of {len(distances)} modules differ, most of all {worst!r} by "
             f"{others[worst]:.2g}. The update is another one here.",
@@ -340,7 +340,7 @@ def _relative(given: torch.Tensor, computed: torch.Tensor) -> float:
 
 def digest_of_groups(layers: Mapping[str, TinyLoraLayer], adapter_name: str) -> str:
     """16 hex digits for which v each matrix of an adapter reads."""
-    groups = {}
+    groups: dict[str, str] = {}
     for layer in layers.values():
         groups |= zip(layer.matrix_names[adapter_name], layer.groups(adapter_name), strict=True)
     return fingerprint.digest_of_groups(groups)

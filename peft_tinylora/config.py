@@ -57,6 +57,7 @@ class Conventions(NamedTuple):
 def conventions_of(config: peft.TinyLoraConfig) -> Conventions:
     """The conventions of a config, PEFT's for one that names fields of PEFT only."""
     if isinstance(config, TinyLoraConfig) and config.uses_paper_conventions:
+        assert config.sigma is not None  # filled in when the config was made
         return Conventions(config.tie, config.n_tie, config.sigma, from_paper=True)
     return Conventions(None, None, "split", from_paper=False)
 
@@ -160,8 +161,8 @@ class TinyLoraConfig(peft.TinyLoraConfig):
     def __post_init__(self) -> None:
         # Only in a file is the type a plain string; the factors are then about to be loaded, not computed.
         self.adapted_modules: list[str] = []  # filled in where a portable file must name them for stock PEFT
-        self._from_file = self.peft_type is not None and not isinstance(self.peft_type, peft.PeftType)
-        if self._from_file:
+        self.is_from_file = self.peft_type is not None and not isinstance(self.peft_type, peft.PeftType)
+        if self.is_from_file:
             check_types(self)
         if self.peft_type is not None:  # as from `to_dict`, or a file
             self._read_compact_fields()
@@ -169,7 +170,7 @@ class TinyLoraConfig(peft.TinyLoraConfig):
         check_own_fields(self)
         super().__post_init__()
         if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]  # as PEFT does with its own
         if self.uses_paper_conventions:
             self._fill_paper_conventions()
 
@@ -190,7 +191,7 @@ class TinyLoraConfig(peft.TinyLoraConfig):
                 f"format_version={shortened(self.format_version)} in adapter_config.json: this version reads {FORMAT_VERSION}. The "
                 f"adapter was written by peft-tinylora {str(self.peft_tinylora_version)[:40]}: pip install -U peft-tinylora."
             )
-        ratio = self.weight_tying
+        ratio = self.weight_tying  # type: ignore[has-type]  # a field of PEFT's
         if isinstance(ratio, (int, float)) and ratio <= -1:
             self.weight_tying = -1.0 - ratio
 
@@ -278,7 +279,7 @@ def _schemas() -> dict[str, tuple[type, Any]]:
     """Of each field, what it is validated against, and its type."""
     return {
         # JSON writes 1.0 as 1 where another program saved it.
-        name: (TypedDict(name, {name: float | int if hint is float else hint}), hint)
+        name: (TypedDict(name, {name: float | int if hint is float else hint}), hint)  # type: ignore[operator]  # mypy knows literal ones only
         for name, hint in get_type_hints(TinyLoraConfig).items()
     }
 
@@ -335,7 +336,7 @@ def check_own_fields(config: TinyLoraConfig) -> None:
         value = getattr(config, name)
         if value is not None and value not in allowed:
             raise ConfigError(f"{name}={shortened(value)}: allowed are {', '.join(map(repr, allowed))}.")
-    if config.layers_to_transform is not None and isinstance(config.target_modules, str) and not config._from_file:
+    if config.layers_to_transform is not None and isinstance(config.target_modules, str) and not config.is_from_file:
         # As LoraConfig does. PEFT would leave the layers out of account, and not when the adapter is loaded again.
         raise ConfigError(
             f"target_modules={config.target_modules!r} with layers_to_transform={config.layers_to_transform}: name the "

@@ -10,6 +10,7 @@ import torch
 
 from . import basis_cache
 from .adapter_files import ADAPTER_FILES, packed_vectors, read_adapter
+from .compact import fingerprint_of
 from .config import TinyLoraConfig
 from .source import FLOAT
 
@@ -70,6 +71,7 @@ def describe(folder: Path) -> Description:
     config, tensors = read_adapter(folder)
     packed = packed_vectors(tensors)
     adapted = {name.rpartition(".tinylora_A")[0] for name in tensors if name.endswith(".tinylora_A")}
+    modules: int | None
     if packed is None:
         vectors, modules, basis = vectors_of_groups(config, tensors), len(adapted), "in the file"
     else:
@@ -103,7 +105,7 @@ def vectors_of_groups(config: TinyLoraConfig, tensors: dict[str, torch.Tensor]) 
 def count_of_modules(config: TinyLoraConfig) -> int | None:
     """How many modules the fingerprint of a compact file is of; `None` where their ranks differ."""
     try:
-        numbers = len(base64.b64decode(config.fingerprint["modules"], validate=True)) // 2
+        numbers = len(base64.b64decode(fingerprint_of(config)["modules"], validate=True)) // 2
     except binascii.Error:
         return None
     modules, rest = divmod(numbers, 2 * config.r + 1)
@@ -113,7 +115,7 @@ def count_of_modules(config: TinyLoraConfig) -> int | None:
 def place_of_basis(config: TinyLoraConfig, in_file: int) -> str:
     """Where loading will find the factors of a compact file."""
     base = config.base_model_name_or_path or ""
-    kept = basis_cache.find(base, config.r, config.fingerprint["weights"])
+    kept = basis_cache.find(base, config.r, fingerprint_of(config)["weights"])
     places = [f"of {in_file} modules in the file"] if in_file else []
     if kept:
         places.append(f"kept in {kept[0]}, checked against the base model on loading")

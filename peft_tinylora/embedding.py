@@ -5,21 +5,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.utils.quantization_utils import QuantizationBackend
-from torch import nn
 
 from . import delta
 from .layer import TinyLoraLayer
 from .product import without_autocast
-from .vector import Vectors
 
 
-class Embedding(TinyLoraLayer, nn.Module):
+class Embedding(TinyLoraLayer):
     """An adapted `nn.Embedding`: rows of base + B R A."""
-
-    def __init__(self, base_layer: nn.Module, vectors: Vectors, backend: QuantizationBackend | None = None) -> None:
-        nn.Module.__init__(self)
-        TinyLoraLayer.__init__(self, base_layer, vectors, backend)
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Token ids x (...) -> (..., embedding_dim), in the dtype that the base layer returns."""

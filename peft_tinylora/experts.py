@@ -69,7 +69,9 @@ def _linear(x: torch.Tensor, weight: AdaptedWeight, bias: torch.Tensor | None = 
 
 def _matmul(a: torch.Tensor | AdaptedWeight, b: torch.Tensor | AdaptedWeight) -> torch.Tensor:
     if isinstance(a, AdaptedWeight):
+        assert isinstance(b, torch.Tensor)
         return _plus(a.weight @ b, lambda: a.left @ (a.right @ _low(b, a)), a)
+    assert isinstance(b, AdaptedWeight)
     return _plus(a @ b.weight, lambda: _low(a, b) @ b.left @ b.right, b)
 
 
@@ -102,7 +104,7 @@ def _unsupported(what: str) -> UnsupportedModuleError:
 
 
 # PEFT tells by this class name that a parameter is wrapped, and not the module that has it.
-class ParamWrapper(TinyLoraLayer, nn.Module):
+class ParamWrapper(TinyLoraLayer):
     """A module of which one parameter is adapted; for several, wrappers are nested, as in PEFT's LoRA.
 
     Args:
@@ -112,9 +114,8 @@ class ParamWrapper(TinyLoraLayer, nn.Module):
     """
 
     def __init__(self, base_layer: nn.Module, vectors: Vectors, parameter_name: str) -> None:
-        nn.Module.__init__(self)
-        self.parameter_name = parameter_name
-        TinyLoraLayer.__init__(self, base_layer, vectors)
+        self.parameter_name = parameter_name  # asked for when it is made
+        super().__init__(base_layer, vectors)
 
     def matrix_shape(self) -> tuple[int, ...]:
         """Shape (out, in) or (experts, out, in)."""
@@ -160,7 +161,7 @@ class ParamWrapper(TinyLoraLayer, nn.Module):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The module without its wrappers; PEFT calls this rather than [`merge`] when it unloads."""
-        layer = self
+        layer: nn.Module = self
         while isinstance(layer, ParamWrapper):
             if merge:
                 layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)

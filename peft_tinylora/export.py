@@ -27,7 +27,7 @@ from .config import TinyLoraConfig
 from .embedding import Embedding
 from .errors import AdapterFileError, ConfigError
 from .experts import ParamWrapper
-from .layer import TinyLoraLayer
+from .layer import TinyLoraLayer, layers_of
 from .output_folder import written_at_once
 from .survival import MergeReport
 from .weight import parameter_is_transposed, stores_transposed
@@ -104,7 +104,7 @@ def export_adapter(
                 model.save_pretrained(partial)
             (partial / "README.md").unlink(missing_ok=True)  # PEFT's template, which says nothing of this adapter
         if not _save_tokenizer(str(source), partial, **hub_options) and to == "merged":
-            _save_tokenizer(base_model.name_or_path, partial, revision=config.revision)
+            _save_tokenizer(str(base_model.name_or_path), partial, revision=config.revision)
     return report
 
 
@@ -147,14 +147,13 @@ def _write_lora(
     folder: Path,
     config: TinyLoraConfig,
     in_file: dict[str, torch.Tensor],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     partial: Path,
 ) -> None:
     names = [name for name, _ in base_model.named_modules()]
     with _adapted(base_model, folder, in_file, config) as model:
-        modules = model.get_base_model().named_modules()
-        layers = {name: layer for name, layer in modules if isinstance(layer, TinyLoraLayer)}
-        tensors = {}
+        layers = layers_of(model.get_base_model())
+        tensors: dict[str, torch.Tensor] = {}
         for name, layer in layers.items():
             tensors |= {f"{PREFIX}{name}.{key}": factor for key, factor in _factors(name, layer, dtype).items()}
         lora = _lora_config(config, layers, names)
@@ -165,7 +164,7 @@ def _write_lora(
     _check_peft_reads(base_model, partial, tensors, others)
 
 
-def _factors(name: str, layer: TinyLoraLayer, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _factors(name: str, layer: TinyLoraLayer, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
     """lora_A = A and lora_B = B R of one layer, with the shapes and the names that PEFT gives them.
 
     The experts of one parameter lie side by side: lora_A (experts * r, in), an expert's r rows together; lora_B

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from .internals import hook_of_accelerate
+
 
 @contextmanager
 def gathered(layer: nn.Module) -> Iterator[bool]:
@@ -34,8 +36,9 @@ def gathered(layer: nn.Module) -> Iterator[bool]:
             stack.enter_context(deepspeed.zero.GatheredParameters(sharded))
         is_temporary = is_offloaded(layer)
         if is_temporary:
-            layer._hf_hook.pre_forward(layer)
-            stack.callback(layer._hf_hook.post_forward, layer, torch.empty(0))
+            hook = hook_of_accelerate(layer)
+            hook.pre_forward(layer)
+            stack.callback(hook.post_forward, layer, torch.empty(0))
         yield bool(sharded) or is_temporary
 
 
@@ -51,14 +54,16 @@ def is_zero3(parameter: torch.Tensor) -> bool:
 
 def is_offloaded(layer: nn.Module) -> bool:
     """Whether accelerate keeps the weights of `layer` elsewhere between uses, with meta tensors in their place."""
-    return hasattr(layer, "_hf_hook") and any(parameter.is_meta for parameter in layer.parameters(recurse=False))
+    return hook_of_accelerate(layer) is not None and any(
+        parameter.is_meta for parameter in layer.parameters(recurse=False)
+    )
 
 
 def device_of(layer: nn.Module, stored: torch.Tensor) -> torch.device:
     """Where `layer` computes: the device of its stored tensor, or the one that accelerate brings that to."""
-    return torch.device(layer._hf_hook.execution_device) if is_offloaded(layer) else stored.device
+    return torch.device(hook_of_accelerate(layer).execution_device) if is_offloaded(layer) else stored.device
 
 
 def stored_shape(parameter: torch.Tensor) -> torch.Size:
     """The shape of a parameter where it is whole."""
-    return parameter.ds_shape if is_zero3(parameter) else parameter.shape
+    return getattr(parameter, "ds_shape", parameter.shape)

@@ -24,6 +24,7 @@ from huggingface_hub import (
     HfApi,
     ModelCard,
     ModelInfo,
+    RepoFile,
     get_token,
     hf_hub_download,
 )
@@ -154,7 +155,7 @@ def check_access(repository: str, *, private: bool | None = None, token: str | N
 
     def check() -> str:
         full = api.create_repo(repository, private=private, exist_ok=True).repo_id
-        _refuse_another_kind(api.repo_info(full), full, private)
+        _refuse_another_kind(api.model_info(full), full, private)
         # Asks the Hub how a file would be uploaded, for which it wants the right to write; uploads nothing.
         api.preupload_lfs_files(full, [CommitOperationAdd("README.md", b"?")])
         return full
@@ -183,7 +184,7 @@ def pull(
     """
     api = HfApi(library_name="peft_tinylora", token=token)
     with explained(repository, revision):
-        info = tried_again(lambda: api.repo_info(repository, revision=revision))
+        info = tried_again(lambda: api.model_info(repository, revision=revision))
     names = sorted(sibling.rfilename for sibling in info.siblings or [] if is_of_adapter(sibling.rfilename))
     with written_at_once(folder) as partial:
         for name in names:
@@ -247,7 +248,7 @@ def public_base(api: HfApi, adapter: Description, folder: Path, base: str | None
         try:
             validate_repo_id(named)
             if base is None:  # a folder of another machine may look like an id
-                api.repo_info(named, revision=adapter.config.revision)
+                api.model_info(named, revision=adapter.config.revision)
             return named
         except (HFValidationError, RepositoryNotFoundError):
             problem = f"names {named} as its base model, which is not on the Hub"
@@ -266,7 +267,7 @@ def check_metadata(text: str, readme: Path) -> None:
         ) from error
 
 
-def has_own_tokenizer(folder: Path, base: str, revision: str | None, token: str | None) -> bool:
+def has_own_tokenizer(folder: Path, base: str, revision: str | None, token: str | bool | None) -> bool:
     """Whether a folder has a tokenizer that is not that of the base model, or that cannot be compared with it."""
     if not (folder / "tokenizer_config.json").exists():
         return False
@@ -332,9 +333,10 @@ def _commit(
     repository = api.create_repo(repository, private=private, exist_ok=True).repo_id
     if revision is not None:
         api.create_branch(repository, branch=revision, exist_ok=True)
-    before = api.repo_info(repository, revision=revision)
+    before = api.model_info(repository, revision=revision)
     there = {sibling.rfilename for sibling in before.siblings or []}
     _refuse_another_kind(before, repository, private)
+    operations: list[CommitOperationAdd | CommitOperationDelete]
     operations = [CommitOperationAdd(name, content) for name, content in files.items()]
     operations += [CommitOperationDelete(name) for name in sorted(there - files.keys()) if is_of_adapter(name)]
     done = api.create_commit(
@@ -361,7 +363,8 @@ def _refuse_another_kind(info: ModelInfo, repository: str, private: bool | None)
 
 def _different(api: HfApi, files: Mapping[str, bytes | Path], repository: str, commit: str) -> list[str]:
     """The files of a commit that are not on the Hub as they were sent, by the hashes that it keeps."""
-    found = {info.path: info for info in api.get_paths_info(repository, list(files), revision=commit)}
+    there = api.get_paths_info(repository, list(files), revision=commit)
+    found = {info.path: info for info in there if isinstance(info, RepoFile)}
     wrong = []
     for name, content in files.items():
         data = content if isinstance(content, bytes) else content.read_bytes()

@@ -219,6 +219,7 @@ def _inline(config: TinyLoraConfig, tensors: Mapping[str, torch.Tensor], base_mo
     """The text form of what a compact file and its config hold."""
     saved = compact.fingerprint_of(config)
     v = packed_vectors(tensors)
+    assert v is not None  # of a compact file
     others = [name for name in tensors if not name.endswith(compact.VECTORS)]
     if others:
         raise AdapterFileError(

@@ -12,20 +12,18 @@ did not happen.
 from collections.abc import Callable
 from functools import partial
 from threading import get_ident
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import nn
 
 from . import delta
 from .basis import Basis
 from .gather import device_of, is_offloaded
-from .merging import KeptBase, Mergeable
-from .survival import Survival
-from .vector import Vectors, version_of
+from .internals import BufferDict, version_of
+from .merging import Mergeable
+from .vector import Vectors
 from .weight import dense_matrix, matrix_shape, stored_tensor, to_stored, working_dtype
 
 
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
 FactorState = list[tuple[torch.Tensor, int]]
 
 
-class TinyLoraLayer(Mergeable, BaseTunerLayer):
+class TinyLoraLayer(Mergeable, nn.Module):
     """What the layer types share: the factors of each adapter, merging and unmerging.
 
     Args:
@@ -48,7 +46,15 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
     other_param_names = ("tinylora_A", "tinylora_B", "tinylora_P")
     parameter_name = "weight"  # what of the base layer is adapted
 
+    if TYPE_CHECKING:  # of BaseTunerLayer, for a type checker that reads nn.Module, and not PEFT
+        active_adapters: list[str]
+        disable_adapters: bool
+        merged: bool
+        get_base_layer: Callable[[], nn.Module]
+        _get_embed_scale: Callable[[], torch.Tensor | None]
+
     def __init__(self, base_layer: nn.Module, vectors: Vectors, backend: QuantizationBackend | None = None) -> None:
+        nn.Module.__init__(self)
         self.base_layer = base_layer
         self.quantization_backend = backend
         self.out_features, self.in_features = self.matrix_shape()[-2:]
@@ -69,8 +75,8 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         self._shared_vectors = (vectors,)  # in a tuple, or nn.Module would register it here
         self.position = vectors.next_position()
         self._compared: dict[tuple[str, str], tuple[FactorState, FactorState, bool]] = {}
-        self._kept: KeptBase | None = None  # the original while merged
-        self.survival: Survival | None = None  # of the update, in the last merge
+        self._kept = None
+        self.survival = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._active_adapter: str | list[str] = []
@@ -211,7 +217,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         """Which v this layer reads for an adapter: one, or one for each expert."""
         return self._groups[adapter_name]
 
-    def vectors(self, adapter_name: str) -> list[nn.Parameter]:
+    def vectors(self, adapter_name: str) -> list[torch.Tensor]:
         """The v that this layer reads for an adapter: one, or one for each expert."""
         return [self.tinylora_v[adapter_name][group] for group in self.groups(adapter_name)]
 
@@ -254,14 +260,14 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
-    def requires_grad_(self, requires_grad: bool = True) -> nn.Module:
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
         """As `nn.Module.requires_grad_`, for the vectors that this layer reads too: transformers freezes layer by layer."""
         for adapter_name in self._groups:
             for v in self.vectors(adapter_name):
                 v.requires_grad_(requires_grad)
         return super().requires_grad_(requires_grad)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]  # its overloads
         """As that of every module; factors that are still to be computed are computed first."""
         for name in self.tinylora_A.keys():
             self.ensure_basis(name)
@@ -279,7 +285,7 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
             if adapter_name in buffers and not buffers[adapter_name].is_meta:
                 buffers[adapter_name] = buffers[adapter_name].to(device)
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         for name in self.tinylora_A.keys():
             self.ensure_basis(name)
         if self._kept is not None:
@@ -293,7 +299,8 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
         return self.disable_adapters or self.merged
 
     def _active_here(self) -> list[str]:
-        here = self._modules["tinylora_A"]._buffers
+        factors: Any = self._modules["tinylora_A"]
+        here = factors._buffers
         return [name for name in self.active_adapters if name in here]
 
     def extra_repr(self) -> str:
@@ -302,6 +309,11 @@ class TinyLoraLayer(Mergeable, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "tinylora." + super().__repr__()
+
+
+def layers_of(model: nn.Module) -> dict[str, TinyLoraLayer]:
+    """The adapted layers of a model by their names in it, in model order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TinyLoraLayer)}
 
 
 def _made_and_checked(

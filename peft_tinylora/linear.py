@@ -6,17 +6,16 @@ torch.compile, torch.export and torch.func take apart themselves, and which adds
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules import module
 from transformers.pytorch_utils import Conv1D
 
 from . import delta
+from .internals import is_taken_apart, is_view, is_watched
 from .layer import TinyLoraLayer
 from .product import AddUpdate, Folded, without_autocast
 from .vector import Vectors
@@ -26,42 +25,42 @@ if TYPE_CHECKING:
     from .mixed import Batch
 
 
-class Linear(TinyLoraLayer, nn.Module):
+class Linear(TinyLoraLayer):
     """An adapted `nn.Linear`, transformers `Conv1D` or quantized linear layer: y = base(x) + B R A x."""
 
     def __init__(self, base_layer: nn.Module, vectors: Vectors, backend: QuantizationBackend | None = None) -> None:
-        nn.Module.__init__(self)
-        TinyLoraLayer.__init__(self, base_layer, vectors, backend)
+        super().__init__(base_layer, vectors, backend)
         self._folded: dict[str, Folded] = {}
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """x (..., in) -> (..., out), in the dtype that the base layer returns."""
         # Decoding comes here for each layer and token. What it does not need is tested for as cheaply as can be, past
         # calls and attributes of nn.Module.
-        base_layer = self._modules["base_layer"]
+        base_layer: Any = self._modules["base_layer"]
         if (self._disable_adapters or self.merged_adapters) and self._base_alone():
             return base_layer(x, *args, **kwargs)
-        is_watched = _is_watched(base_layer)
-        if type(base_layer) is nn.Linear and not (is_watched or args or kwargs):
-            result = F.linear(x, base_layer._parameters["weight"], base_layer._parameters["bias"])
+        watched = is_watched(base_layer)
+        if type(base_layer) is nn.Linear and not (watched or args or kwargs):
+            parameters: Any = base_layer._parameters
+            result = F.linear(x, parameters["weight"], parameters["bias"])
         else:
             result = base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None and x.requires_grad:
-            self._warn_if_gradient_ends(result)
+            self._warn_if_gradient_ends(result, self.quantization_backend.backend_name)
         # Whether nobody but this layer holds what the base layer returned, so that it may be written to.
-        owned = not is_watched and result.is_contiguous()
+        owned = not watched and result.is_contiguous()
         owned = owned and (type(base_layer) in (nn.Linear, Conv1D) or self.quantization_backend is not None)
         names = self._active_here()
         vectors = self._shared_vectors[0]
-        if len(names) != 1 or vectors.mixed_batches or torch.is_autocast_enabled(x.device.type) or _is_taken_apart():
+        if len(names) != 1 or vectors.mixed_batches or torch.is_autocast_enabled(x.device.type) or is_taken_apart():
             with without_autocast(x.device.type):
                 return self._add(result, x, names, owned)
         return self._add_one(result, x, names[0], owned)
 
-    def _warn_if_gradient_ends(self, result: torch.Tensor) -> None:
+    def _warn_if_gradient_ends(self, result: torch.Tensor, backend_name: str) -> None:
         if not result.requires_grad and torch.is_grad_enabled():
             warnings.warn(
-                f"{self.quantization_backend.backend_name} passes no gradient through this base layer: what lies below it "
+                f"{backend_name} passes no gradient through this base layer: what lies below it "
                 "is trained wrongly. Quantize weights only, not activations.",
                 stacklevel=3,
             )
@@ -70,21 +69,22 @@ class Linear(TinyLoraLayer, nn.Module):
         batch = self.mixed_batch()
         if batch is not None:
             return self._add_rows(result, x, batch, owned)
-        if len(names) == 1 and not _is_taken_apart():
+        if len(names) == 1 and not is_taken_apart():
             return self._add_one(result, x, names[0], owned)
         return self._add_all(result, x, names)
 
     def _add_one(self, result: torch.Tensor, x: torch.Tensor, name: str, owned: bool) -> torch.Tensor:
         """Add the update of one adapter by the fused product."""
         folded = self.folded(name)
-        dropout = self._modules["tinylora_dropout"]._modules[name]
+        dropouts: Any = self._modules["tinylora_dropout"]
+        dropout = dropouts._modules[name]
         if type(dropout) is not nn.Identity:
             x = dropout(x)
         if not torch.is_grad_enabled():
             return folded.add_update(result if owned else _copy(result), x)
         [v] = self.vectors(name)
         # A view cannot be written to without copying its gradient, and others may keep their output for backward.
-        in_place = owned and type(self.base_layer) is nn.Linear and not result._is_view()
+        in_place = owned and type(self.base_layer) is nn.Linear and not is_view(result)
         return AddUpdate.apply(result, x, v, folded, in_place)
 
     def _add_all(self, result: torch.Tensor, x: torch.Tensor, names: list[str]) -> torch.Tensor:
@@ -101,7 +101,7 @@ class Linear(TinyLoraLayer, nn.Module):
         """Add to each row of a mixed batch the update of its own adapter."""
         for rows in batch.rows(self, len(x)):
             R = rows.mixing_matrices(self)
-            if x.requires_grad or result.requires_grad or _is_taken_apart():
+            if x.requires_grad or result.requires_grad or is_taken_apart():
                 self.ensure_basis(rows.adapter_name)
                 A, B = self.tinylora_A[rows.adapter_name], self.tinylora_B[rows.adapter_name]
                 result = (result + delta.multiply_rows(x.to(A.dtype), A, B, R)).to(result.dtype)
@@ -112,7 +112,8 @@ class Linear(TinyLoraLayer, nn.Module):
 
     def folded(self, adapter_name: str) -> Folded:
         """What this layer multiplies by for an adapter, folded anew if v or a factor has another value."""
-        modules, vectors = self._modules, self._shared_vectors[0]
+        modules: dict[str, Any] = self._modules
+        vectors = self._shared_vectors[0]
         A = modules["tinylora_A"]._buffers[adapter_name]
         B = modules["tinylora_B"]._buffers[adapter_name]
         P = modules["tinylora_P"]._buffers[adapter_name]
@@ -134,7 +135,7 @@ class Linear(TinyLoraLayer, nn.Module):
         self._folded[adapter_name] = Folded(A, B, P, v, values)
         return self._folded[adapter_name]
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         self._folded.clear()
         return super()._apply(fn, recurse)
 
@@ -147,23 +148,6 @@ class Linear(TinyLoraLayer, nn.Module):
         super().forget(adapter_name)
 
 
-def _is_watched(layer: nn.Module) -> bool:
-    """Whether calling a layer does or shows to others something beside its class's own `forward`."""
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or layer._backward_hooks
-        or layer._backward_pre_hooks
-        or module._global_forward_hooks
-        or module._global_forward_pre_hooks
-        or module._global_backward_hooks
-        or module._global_backward_pre_hooks
-        or "forward" in vars(layer)
-        or "_compiled_call_impl" in vars(layer)
-        or "weight" not in layer._parameters  # of FSDP1 and of parametrizations
-    )
-
-
 def _copy(result: torch.Tensor) -> torch.Tensor:
     return result.clone(memory_format=torch.contiguous_format)
 
@@ -171,14 +155,3 @@ def _copy(result: torch.Tensor) -> torch.Tensor:
 def is_compared_at_once(v: torch.Tensor) -> bool:
     """Whether the value of v can be looked at without waiting for a device."""
     return v.is_cpu
-
-
-def _is_taken_apart() -> bool:
-    """Whether torch.compile, torch.export, torch.func, forward-mode differentiation or a mode follows the computation."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )

@@ -6,6 +6,7 @@ with it. That is why every merge is measured, why unmerging puts the kept origin
 an adapter is best left unmerged.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.utils.quantization_utils import QuantizationBackend
 from torch import nn
 from tqdm import tqdm
 
@@ -57,8 +59,9 @@ class KeptBase:
         self._inner = tuner_layer.base_layer
         self._base_layer = tuner_layer.get_base_layer()
         self._backend = tuner_layer.quantization_backend
+        own_parameters = dict(self._base_layer.named_parameters(recurse=False))
         # None where the weight is no parameter, as in HQQLinear.
-        self.parameter: nn.Parameter | None = self._base_layer._parameters.get(tuner_layer.parameter_name)
+        self.parameter: nn.Parameter | None = own_parameters.get(tuner_layer.parameter_name)
         # bitsandbytes keeps scales beside the weight: on the parameter, on a 4-bit layer, in an 8-bit layer's state.
         layer_attributes = vars(self._base_layer)
         self._attributes: list[tuple[Any, dict[str, Any]]] = [
@@ -101,8 +104,13 @@ class KeptBase:
         self.parameter.data = moved
 
 
-class Mergeable:
+class Mergeable(BaseTunerLayer):
     """The part of a layer that merges: what `TinyLoraLayer` has beside the factors."""
+
+    base_layer: nn.Module
+    quantization_backend: QuantizationBackend | None
+    survival: Survival | None  # of the update, in the last merge
+    _kept: KeptBase | None  # the original while merged
 
     def unmerged_matrix(self) -> torch.Tensor:
         """The weight W (out, in) that the base model came with, in fp32 or better, also while adapters are merged."""
@@ -164,7 +172,7 @@ class Mergeable:
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.tinylora_A]
         if not names:
             return
-        update = sum(map(self.get_delta_weight, self.merged_adapters + names))
+        update = functools.reduce(torch.add, map(self.get_delta_weight, self.merged_adapters + names))
         before = KeptBase(self)
         original = self._kept or before
         original.restore()
@@ -194,19 +202,22 @@ class Mergeable:
 
     def _quantize_again(self, total: torch.Tensor, original: KeptBase) -> None:
         backend = self.quantization_backend
+        assert backend is not None
         if not backend.backend_name.startswith("bnb"):  # the others compute in the dtype of what they quantize
             total = total.to(backend.get_base_weight(self.get_base_layer()).dtype)
         backend.set_base_weight(self, total)
         original.restore_attributes()
         if backend.backend_name == "bnb 4bit":
             # The dtype of what it dequantizes to: that of the model, and not that of `total`.
-            self.get_base_layer().weight.quant_state.dtype = original.parameter.quant_state.dtype
+            before: Any = original.parameter
+            self.get_base_layer().weight.quant_state.dtype = before.quant_state.dtype
 
     def unmerge(self) -> None:
         """Put the original base weight back."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        assert self._kept is not None
         self._kept.restore()
         self._kept = None
         self.merged_adapters.clear()

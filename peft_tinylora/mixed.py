@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig
 
 from .experts import ParamWrapper
-from .layer import TinyLoraLayer
+from .internals import adapters_of
+from .layer import TinyLoraLayer, layers_of
 from .vector import Vectors
 
 
@@ -122,7 +123,7 @@ def _make_batch(
     args: Sequence[Any],
     options: Mapping[str, Any],
 ) -> Batch:
-    layers = [module for module in model.modules() if isinstance(module, TinyLoraLayer) and module.weight_names]
+    layers = [layer for layer in layers_of(model).values() if layer.weight_names]
     _check(model, layers, adapter_names)
     return Batch(_served(layers, vectors, adapter_names), len(adapter_names), _copies(model, args, options))
 
@@ -215,7 +216,8 @@ def _tell(
     wrapper: AuxiliaryTrainingWrapper, batches: Mapping[int, Batch], batch: Batch, adapter_names: list[str]
 ) -> RemovableHandle:
     """Have a module that was trained whole, for `modules_to_save`, take the rows of this batch as PEFT does."""
-    known = [name if name in wrapper._adapters else BASE for name in adapter_names]
+    adapters = adapters_of(wrapper)
+    known = [name if name in adapters else BASE for name in adapter_names]
 
     def tell(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if batches.get(get_ident()) is not batch:  # another thread's pass through the same module

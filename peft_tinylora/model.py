@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_TINYLORA_TARGET_MODULES_MAPPING
 from safetensors import SafetensorError
 from torch import nn
@@ -24,7 +24,7 @@ from .config import check_peft_fields, conventions_of
 from .embedding import Embedding
 from .errors import AdapterFileError, ConfigError
 from .experts import ParamWrapper, wrapper_of_parameter
-from .layer import TinyLoraLayer
+from .layer import TinyLoraLayer, layers_of
 from .linear import Linear
 from .merging import TOLERATED_LOSS, merge_layers, warn_of_loss
 from .mixed import BASE, mixed_batch
@@ -39,7 +39,7 @@ from .weight import (
 )
 
 
-class TinyLoraModel(Combining, BaseTuner):
+class TinyLoraModel(Combining):
     """A model with TinyLoRA adapters, made by `get_peft_model` and `PeftModel.from_pretrained`.
 
     Args:
@@ -60,6 +60,7 @@ class TinyLoraModel(Combining, BaseTuner):
     # PEFT then refuses `inject_adapter_in_model` for arbitrary modules, which would lose the vectors. The exception,
     # transformers' models, is made in register.py.
     uses_shared_state = True
+    tinylora_v: Vectors
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class TinyLoraModel(Combining, BaseTuner):
                 )
 
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
-        wrapped = next((module for module in model.modules() if isinstance(module, TinyLoraLayer)), None)
+        wrapped = next(iter(layers_of(model).values()), None)
         if not self._outlived_by_model:
             # A base that another PeftModel wrapped already keeps its vectors, as it keeps its layers.
             self.tinylora_v = Vectors() if wrapped is None else wrapped.tinylora_v
@@ -134,7 +135,7 @@ class TinyLoraModel(Combining, BaseTuner):
         self._assignments = assign(model, targets, config, twin)
         expand_all_linear(config, model)
         others = [(v, v.requires_grad) for vectors in self.tinylora_v.values() for v in vectors.values()]
-        for layer in (module for module in model.modules() if isinstance(module, TinyLoraLayer)):
+        for layer in layers_of(model).values():
             layer.forget(adapter_name)  # of an earlier PeftModel around the same base
         self.tinylora_v.forget_adapter(adapter_name)
         self.tinylora_v[adapter_name] = nn.ParameterDict({})
@@ -210,7 +211,7 @@ class TinyLoraModel(Combining, BaseTuner):
         setattr(parent, child_name, new_module)
 
     def _init_tinylora_v(self, config: PeftConfig, adapter_name: str) -> None:
-        """Draw the vectors of an adapter from [-init_v_bound, init_v_bound]."""
+        """Draw the vectors of an adapter from [-init_v_bound, init_v_bound]; PEFT's own tests call this."""
         for v in self.tinylora_v[adapter_name].values():
             nn.init.uniform_(v, -config.init_v_bound, config.init_v_bound)
 
@@ -219,7 +220,7 @@ class TinyLoraModel(Combining, BaseTuner):
         # the base: with this package's, v is never rounded while it trains.
         if autocast_adapter_dtype or conventions_of(self.peft_config[adapter_name]).from_paper:
             return
-        for layer in (module for module in self.model.modules() if isinstance(module, TinyLoraLayer)):
+        for layer in layers_of(self.model).values():
             stored = layer.stored_tensor().dtype
             for v in layer.vectors(adapter_name) if adapter_name in layer.tinylora_A else []:
                 v.data = v.data.to(stored if stored.is_floating_point else torch.float32)
@@ -294,7 +295,7 @@ class TinyLoraModel(Combining, BaseTuner):
         progressbar: bool = False,
         round_to: torch.dtype | None = None,
     ) -> None:
-        layers = {name: layer for name, layer in self.model.named_modules() if isinstance(layer, TinyLoraLayer)}
+        layers = layers_of(self.model)
         report = merge_layers(
             layers, adapter_names, safe_merge, stochastic_rounding_seed, dequantize_to, progressbar, round_to
         )
@@ -316,7 +317,7 @@ class TinyLoraModel(Combining, BaseTuner):
         self._awaiting_file.discard(adapter_name)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any):
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is None:
             yield
             return

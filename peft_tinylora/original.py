@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .errors import BasisError, first_line
+from .internals import NONE_IF_MISSING, commit_of
 from .weight import FLOATING_DTYPES, stores_transposed, working_dtype
 
 
@@ -48,12 +49,11 @@ class OriginalWeights:
                 "model has no name: load it with from_pretrained, or leave `basis` out."
             )
         self._prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
-        # The commit that a model from the Hub was loaded from; a local one has none.
-        self._file_of = self._find_tensors(getattr(model.config, "_commit_hash", None))
+        self._file_of = self._find_tensors(commit_of(model))
 
     def _find_tensors(self, revision: str | None) -> dict[str, Path]:
         def find(file: str) -> Path | None:
-            path = cached_file(self.name, file, revision=revision, _raise_exceptions_for_missing_entries=False)
+            path = cached_file(self.name, file, revision=revision, **NONE_IF_MISSING)
             return None if path is None else Path(path)
 
         single = find(SAFE_WEIGHTS_NAME)
@@ -74,7 +74,7 @@ class OriginalWeights:
                 f"basis='full-precision': {self.name} has no {missing[0]}, which its {SAFE_WEIGHTS_INDEX_NAME} names: "
                 "download the checkpoint again."
             )
-        return {tensor: paths[file] for tensor, file in file_of.items()}
+        return {tensor: path for tensor, file in file_of.items() if (path := paths[file]) is not None}
 
     def read(self, key: str, layer: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
         """W (out, in) of a module, in fp32 or better, on the CPU.

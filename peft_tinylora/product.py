@@ -9,10 +9,12 @@ With the gradient g of the result: the base layer's is g itself, that of x gains
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from . import delta
+from .internals import three_versions_of
 from .thin import Thin
 
 
@@ -33,12 +35,12 @@ class Folded:
         self.A, self.B, self.P, self.v, self.values = Thin(A), B, P, v.detach().clone(), values
         # As `version_of`, without calling it three times for each layer and token of decoding.
         self._counts_writes = not any(factor.is_inference() for factor in (A, B, P))
-        self._versions = (A._version, B._version, P._version) if self._counts_writes else ()
+        self._versions = three_versions_of(A, B, P) if self._counts_writes else None
 
     def has_factors(self, A: torch.Tensor, B: torch.Tensor, P: torch.Tensor) -> bool:
         """Whether these are still the tensors that it was made from, and nobody wrote to them."""
         same = A is self.A.M and B is self.B and P is self.P
-        return same and (not self._counts_writes or (A._version, B._version, P._version) == self._versions)
+        return same and (not self._counts_writes or three_versions_of(A, B, P) == self._versions)
 
     @functools.cached_property
     def R(self) -> torch.Tensor:
@@ -81,7 +83,7 @@ class AddUpdate(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
+        ctx: Any,
         y: torch.Tensor,
         x: torch.Tensor,
         v: torch.Tensor,
@@ -100,7 +102,7 @@ class AddUpdate(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, g: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise NotImplementedError(
                 "TinyLoRA's product has no second derivative by `backward(create_graph=True)`: use torch.func "

@@ -15,13 +15,18 @@ def draw_projection(u: int, r: int, seed: int) -> torch.Tensor:
     Args:
         u (`int`): how many numbers are trained in a group.
         r (`int`): rank of the frozen basis.
-        seed (`int`): from [`seed_of_module`], or `projection_seed` + index as PEFT does.
+        seed (`int`): from [`seed_of_target`].
 
     Returns:
         `torch.Tensor`: shape (u, r, r), float32, on the CPU; entries from N(0, 1/r).
     """
     generator = torch.Generator().manual_seed(seed)
     return torch.normal(0.0, r**-0.5, size=(u, r, r), generator=generator)
+
+
+def seed_of_target(projection_seed: int, name: str, index: int, from_paper: bool) -> int:
+    """The seed of one matrix's P: by [`seed_of_module`], or as PEFT has it, by the place in model order."""
+    return seed_of_module(projection_seed, name) if from_paper else projection_seed + index
 
 
 def seed_of_module(projection_seed: int, module_name: str) -> int:

@@ -37,7 +37,8 @@ from .adapter_files import read_fields
 from .checkpoint import check_loaded, damaged_file, unpack_file
 from .config import TinyLoraConfig, shortened
 from .errors import AdapterFileError, ConfigError, TinyLoraError
-from .layer import TinyLoraLayer
+from .internals import TRANSFORMERS_MARK, has_transformers_adapters, mark_without_adapters
+from .layer import TinyLoraLayer, layers_of
 from .model import TinyLoraModel
 from .untrusted import check_files, check_names
 
@@ -46,7 +47,7 @@ from .untrusted import check_files, check_names
 OLDEST_PEFT = "0.21.0"
 HUB_OPTIONS = frozenset(inspect.signature(hf_hub_download).parameters)  # of which PEFT takes those of a download
 
-_MAPPED = {
+_MAPPED: dict[str, tuple[dict[peft.PeftType, type], type]] = {
     "config": (PEFT_TYPE_TO_CONFIG_MAPPING, TinyLoraConfig),
     "tuner": (PEFT_TYPE_TO_TUNER_MAPPING, TinyLoraModel),
 }
@@ -174,7 +175,7 @@ def _forget_second(model: peft.PeftModel, adapter_name: str) -> None:
     """Drop what an adapter that could not be added beside others left behind, wherever that failed."""
     if adapter_name in model.peft_config:
         model.delete_adapter(adapter_name)
-    for layer in (module for module in model.modules() if isinstance(module, TinyLoraLayer)):
+    for layer in layers_of(model).values():
         layer.forget(adapter_name)
     vectors = model.base_model.tinylora_v
     vectors.forget_adapter(adapter_name)
@@ -189,14 +190,14 @@ def _as_before_if_it_fails(model: nn.Module, source: str | Path | None) -> Itera
     What PEFT stumbles over in an adapter's files (KeyError, IndexError) becomes an [`AdapterFileError`].
     """
     kept = {id(module) for module in model.modules()}
-    before = {*vars(model), *model._modules}
+    before = {*vars(model), *dict(model.named_children())}
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except Exception as error:
         _unwrap(model, kept)
-        for name in {"peft_config", "tinylora_v", "_hf_peft_config_loaded"} - before:
-            if name in vars(model) or name in model._modules:
+        for name in {"peft_config", "tinylora_v", TRANSFORMERS_MARK} - before:
+            if name in vars(model) or name in dict(model.named_children()):
                 delattr(model, name)
         for parameter, requires_grad in trained:
             parameter.requires_grad = requires_grad
@@ -216,7 +217,7 @@ def _unwrap(model: nn.Module, kept: set[int]) -> None:
         while isinstance(inner, (TinyLoraLayer, AuxiliaryTrainingWrapper)) and id(inner) not in kept:
             inner = inner.base_layer if isinstance(inner, TinyLoraLayer) else inner.original_module
         if inner is not child:
-            model._modules[name] = inner
+            setattr(model, name, inner)
         _unwrap(inner, kept)
 
 
@@ -237,7 +238,7 @@ def _saved_config(model_id: str, options: Mapping[str, Any]) -> peft.PeftConfig 
 
 @functools.wraps(PreTrainedModel.load_adapter)
 def _load_adapter(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    before = set(self.peft_config) if self._hf_peft_config_loaded else set()
+    before = set(self.peft_config) if has_transformers_adapters(self) else set()
     bound = inspect.signature(_in_place_of["load"]).bind(self, *args, **kwargs)
     _unpack_file(self, bound.arguments)
     is_unpacked = isinstance(bound.arguments.get("peft_config"), TinyLoraConfig)
@@ -286,6 +287,11 @@ def _unpack_file(model: PreTrainedModel, arguments: dict[str, Any]) -> None:
     arguments["peft_config"] = config
     if tensors is None:
         ignores_sizes = getattr(load_config, "ignore_mismatched_sizes", False) or more.get("ignore_mismatched_sizes")
+        if folder is None:
+            raise AdapterFileError(
+                "load_adapter(peft_config=...) names no weights: give the adapter's folder or Hub id as `peft_model_id`, or "
+                "its tensors as `adapter_state_dict`."
+            )
         check_names(config, model)
         path = check_files(model, config, folder, _hub_options(options), bool(ignores_sizes))
         try:
@@ -308,8 +314,7 @@ def _take_back(model: PreTrainedModel, adapter_name: str) -> None:
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
         return
-    for name, module in list(model.named_modules()):
-        if isinstance(module, TinyLoraLayer):
-            model.set_submodule(name, module.base_layer)
+    for name, layer in layers_of(model).items():
+        model.set_submodule(name, layer.base_layer)
     del model.tinylora_v, model.peft_config
-    model._hf_peft_config_loaded = False
+    mark_without_adapters(model)

@@ -27,7 +27,7 @@ from .delta import mix
 from .errors import AdapterFileError, BasisError, BasisMismatchError, first_line
 from .inline import InlineAdapter
 from .original import OriginalWeights
-from .projection import draw_projection, seed_of_module
+from .projection import draw_projection, seed_of_target
 
 
 # Of all modules of one adapter. A request names u, and P takes modules * u * r * r numbers: 401,408 for the paper's largest,
@@ -180,5 +180,5 @@ def folder_in_memory(free_bytes: int) -> Path | None:
 @functools.lru_cache(maxsize=4)  # the steps of a training run, say, differ in v alone
 def _projections(names: tuple[str, ...], seed: int, u: int, r: int, from_paper: bool) -> tuple[torch.Tensor, ...]:
     """P (u, r, r) of each module."""
-    seeds = [seed_of_module(seed, name) if from_paper else seed + index for index, name in enumerate(names)]
-    return tuple(draw_projection(u, r, module_seed) for module_seed in seeds)
+    seeds = [seed_of_target(seed, name, index, from_paper) for index, name in enumerate(names)]
+    return tuple(draw_projection(u, r, own_seed) for own_seed in seeds)

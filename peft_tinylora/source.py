@@ -6,7 +6,7 @@ another one is noticed before any number is compared.
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import PeftConfig
@@ -69,5 +69,6 @@ def form_of_weights(layer: nn.Module, backend: QuantizationBackend | None) -> st
     if backend is None:
         return FLOAT
     if backend.backend_name == "bnb 4bit":
-        return f"{backend.backend_name} {layer.weight.quant_type}"
+        weight: Any = layer.weight
+        return f"{backend.backend_name} {weight.quant_type}"
     return backend.backend_name

@@ -11,15 +11,12 @@ from typing import NamedTuple
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from .errors import AdapterFileError
+from .internals import with_all_linear_layers
 from .weight import PLAIN_LAYERS, quantization_backend
-
-
-# Not public, and there is no public way to ask which modules a config matches.
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists  # isort: skip
 
 
 class Target(NamedTuple):
@@ -76,7 +73,7 @@ def expand_all_linear(config: peft.PeftConfig, model: nn.Module) -> peft.PeftCon
     PEFT's own finds only what derives from `nn.Linear`, and so misses HQQ, GPTQ and AWQ layers.
     """
     is_all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    config = _maybe_include_all_linear_layers(config, model)
+    config = with_all_linear_layers(config, model)
     if is_all_linear:
         quantized = {
             name

@@ -31,12 +31,10 @@ def group_modules(names: Sequence[str], tie: str | Mapping[str, str], n_tie: int
         return {name: index for index, name in enumerate(names)}
     if tie == "full":
         return dict.fromkeys(names, 0)
-    if tie == "tiled":
-        families = {"": list(names)}
-    elif tie == "structured":
-        families = _by_type(names)
-    else:
+    if isinstance(tie, Mapping):
         families = _by_pattern(names, tie)
+    else:
+        families = {"": list(names)} if tie == "tiled" else _by_type(names)
 
     runs = {}
     for family, members in families.items():

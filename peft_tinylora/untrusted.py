@@ -18,6 +18,7 @@ from .adapter_files import check_weights, find_weights
 from .checkpoint import damaged_file
 from .config import TinyLoraConfig, shortened
 from .errors import AdapterFileError
+from .gather import stored_shape
 
 
 MOST_NAMES = 1000  # in a list of the config, or as many as the model has modules: PEFT compares each with each
@@ -69,7 +70,7 @@ def check_files(
 def _check_shapes(model: nn.Module, in_file: Mapping[str, tuple[int, ...]]) -> None:
     # Of a state dict that does not fit, torch loads what does before it says so, and the base model would be changed.
     tensors = (*model.named_parameters(), *model.named_buffers())
-    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors}
+    shapes = {name: tuple(stored_shape(tensor)) for name, tensor in tensors}
     for key, shape in in_file.items():
         name = key.removeprefix("base_model.model.")
         if shapes.get(name, shape) != shape:
@@ -93,7 +94,7 @@ def check_names(config: TinyLoraConfig, model: nn.Module) -> None:
         AdapterFileError: if a list is far longer than the model, or a pattern is no regular expression, or takes too long;
             names the field.
     """
-    if not config._from_file:
+    if not config.is_from_file:
         return
     names = [name for name, _ in model.named_modules()]
     most = max(MOST_NAMES, len(names))

@@ -5,10 +5,13 @@ model, as with `model.to(torch.bfloat16)`: in bf16 an Adam step of 1e-4 on |v| =
 rounds to nothing, and the paper finds fp32 the best even for the bytes it takes (section 6, figure 4).
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import ValuesView
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+from .internals import version_of
 
 
 if TYPE_CHECKING:
@@ -52,6 +55,11 @@ class Vectors(nn.ModuleDict):
         self._layers = 0
         self._seen: dict[str, _Seen] = {}
 
+    if TYPE_CHECKING:
+
+        def __getitem__(self, key: str) -> nn.ParameterDict: ...
+        def values(self) -> ValuesView[nn.ParameterDict]: ...
+
     def next_position(self) -> int:
         """A layer's place in the order in which layers were made."""
         self._layers += 1
@@ -60,7 +68,8 @@ class Vectors(nn.ModuleDict):
     def vector_of(self, adapter_name: str, group: str) -> torch.Tensor:
         """The v of a group, shape (u,)."""
         # Not through ParameterDict, which would take several calls for each layer and token of decoding.
-        registered = self._modules[adapter_name]._parameters
+        of_adapter: Any = self._modules[adapter_name]
+        registered = of_adapter._parameters
         return registered[group] if group in registered else self[adapter_name][group]
 
     def groups_of(self, adapter_name: str) -> list[str]:
@@ -134,8 +143,3 @@ def _have_same_value(seen: torch.Tensor, now: torch.Tensor) -> bool:
     """Whether two tensors are of one kind and hold the same numbers."""
     same_kind = seen.device == now.device and seen.dtype == now.dtype and not now.is_meta
     return same_kind and torch.equal(seen, now)
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """How often a tensor was written to; those made in inference mode do not count, and can be written to there only."""
-    return 0 if tensor.is_inference() else tensor._version

@@ -11,6 +11,7 @@ forward, and from then on no gradient flows through the layer, without an error;
 
 import copy
 from itertools import chain
+from typing import Any
 
 import peft
 import torch
@@ -133,15 +134,17 @@ def _gptqmodel_mode(module: nn.Module) -> str | None:
     """What a layer of gptqmodel decided at its first forward on a CPU: "inference", "train", "undecided", or `None`."""
     if not type(module).__module__.startswith("gptqmodel.") or not hasattr(module, "linear_mode"):
         return None
-    return getattr(module.linear_mode, "value", module.linear_mode) or "undecided"
+    mode: Any = module.linear_mode
+    return getattr(mode, "value", mode) or "undecided"
 
 
 def _check_bitsandbytes_reads(layer: nn.Module, name: str, backend: QuantizationBackend) -> None:
-    if backend.backend_name != "bnb 4bit" or layer.weight.device.type != "cpu":
+    weight: Any = layer.weight
+    if backend.backend_name != "bnb 4bit" or weight.device.type != "cpu":
         return
     import bitsandbytes
 
-    state = layer.weight.quant_state
+    state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise UnsupportedModuleError(
             f"Target module {name!r}: bitsandbytes has packed this 4-bit weight for inference on this CPU (its first "
@@ -164,6 +167,7 @@ def keep_differentiable(model: nn.Module) -> None:
     with AVX512-BF16, rounding the scales to bf16 for good): the generation of the first GRPO step would cut off every
     layer below.
     """
+    module: Any  # of another library
     for module in model.modules():
         # By name, so that a model without 4-bit layers does not import bitsandbytes.
         if type(module).__name__ in ("Linear4bit", "LinearNF4", "LinearFP4"):
@@ -192,7 +196,8 @@ def stored_tensor(layer: nn.Module) -> torch.Tensor:
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """Shape (out, in) of the dense weight W of a supported layer."""
     if isinstance(layer, nn.Linear) or not isinstance(layer, PLAIN_LAYERS):
-        return layer.out_features, layer.in_features  # a quantized weight has another shape
+        linear: Any = layer
+        return linear.out_features, linear.in_features  # a quantized weight has another shape
     rows, columns = stored_shape(layer.weight)
     return (columns, rows) if stores_transposed(layer) else (rows, columns)
 
@@ -211,14 +216,14 @@ def dense_matrix(layer: nn.Module, backend: QuantizationBackend | None) -> torch
 
 def _dense_matrix(layer: nn.Module, backend: QuantizationBackend | None) -> torch.Tensor:
     if backend is None:
-        return whole(to_matrix(layer.weight.detach(), layer))
+        return whole(to_matrix(stored_tensor(layer).detach(), layer))
     if backend.supports_merge or backend.backend_name == "torchao":
         return backend.get_base_weight(layer).detach().to(torch.float32)
     return _by_identity(layer)
 
 
 @torch.no_grad()
-def _by_identity(layer: nn.Module) -> torch.Tensor:
+def _by_identity(layer: Any) -> torch.Tensor:
     """W of a layer that only computes: what it makes of the identity matrix, in the precision that it stores scales in."""
     # A copy, because the first forward of some kernels packs or casts what the layer stores; in training mode, because
     # kernels for inference alone round more; without the bias, because adding it rounds.
@@ -267,7 +272,7 @@ def parameter_matrix(module: nn.Module, parameter_name: str) -> torch.Tensor:
         return W.clone() if is_temporary else W
 
 
-def floating_linear(layer: nn.Module, W: torch.Tensor) -> nn.Linear:
+def floating_linear(layer: Any, W: torch.Tensor) -> nn.Linear:
     """An `nn.Linear` that multiplies by `W` (out, in), with the bias of a quantized linear layer."""
     out_features, in_features = W.shape
     linear = nn.Linear(in_features, out_features, bias=layer.bias is not None, device="meta")

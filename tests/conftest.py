@@ -1,5 +1,6 @@
 """Fixtures of every test file."""
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,12 @@ from tally import pytest_terminal_summary  # noqa: F401
 from transformers import LlamaForCausalLM
 
 from peft_tinylora import build
+
+
+def pytest_configure() -> None:
+    # Each of the workers of `make test` would start as many threads as there are cores, to wait for those of the others.
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(int(os.environ.setdefault("OMP_NUM_THREADS", "1")))
 
 
 @pytest.fixture(autouse=True, scope="session")

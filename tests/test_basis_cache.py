@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from support import fill_vectors, make_tiny_llama
+from support import IMPORT_PATH, fill_vectors, make_tiny_llama, warm_python
 from transformers import LlamaForCausalLM
 
 from peft_tinylora import ConfigError, TinyLoraConfig, basis_cache, build
@@ -137,12 +137,8 @@ def test_eight_processes_build_one_cache_at_once(base_folder, basis_cache_folder
         "tokens = torch.randint(1, 48, (3, 10), generator=torch.Generator().manual_seed(1))\n"
         "torch.save(model(tokens).logits, sys.argv[2])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     outputs = [base_folder / f"{index}.pt" for index in range(8)]
-    running = [
-        subprocess.Popen([sys.executable, "-W", "ignore", "-c", script, base_folder, output], env=environment)
-        for output in outputs
-    ]
+    running = [subprocess.Popen([*warm_python(), "-c", script, base_folder, output]) for output in outputs]
     assert [process.wait() for process in running] == [0] * 8
     [path] = files(basis_cache_folder)
     assert basis_cache.is_sound(path)
@@ -163,7 +159,7 @@ def test_a_killed_writer_leaves_nothing_broken(base_folder, basis_cache_folder, 
         "basis_cache.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "adapt(sys.argv[1])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": IMPORT_PATH}
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", script, base_folder], env=environment)
     assert done.returncode == -signal.SIGKILL
     [left] = path.parent.glob(".writing-*")

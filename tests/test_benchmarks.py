@@ -4,15 +4,26 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import torch
+from support import warm_python
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks import training
+from benchmarks import mixed, speed, training
 from benchmarks.peak import PeakMemory, bytes_alive
 from benchmarks.training_cell import MODELS, Cell
+
+
+@pytest.fixture
+def quick_processes(monkeypatch, tmp_path) -> None:
+    """What is measured in a process of its own starts in milliseconds."""
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nexec {" ".join(warm_python())} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
 
 
 def test_peak_memory_counts_what_is_alive_at_once():
@@ -124,7 +135,7 @@ def test_stock_peft_is_measured_without_this_package():
     """
     root = Path(training.__file__).parents[1]
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", "\n".join(line[8:] for line in script.splitlines())],
+        [*warm_python(), "-c", textwrap.dedent(script)],
         capture_output=True,
         text=True,
         cwd=root,
@@ -133,7 +144,7 @@ def test_stock_peft_is_measured_without_this_package():
 
 
 @pytest.mark.recipe
-def test_the_command_end_to_end(monkeypatch, tmp_path, capsys):
+def test_the_command_end_to_end(monkeypatch, quick_processes, tmp_path, capsys):
     """Two of the rows, at the smallest size; all of them, in a process each, take a minute."""
     monkeypatch.setattr(training, "ROWS", [("16-bit", "LoRA r=8"), ("4-bit", "TinyLoRA")])
     output = tmp_path / "results" / "table.md"
@@ -172,20 +183,9 @@ def test_basis_command_prints_its_four_tables():
     assert "target at least 40x" in done.stdout and "target at least 30x" in done.stdout
 
 
-def quick(module: str) -> str:
-    """What a benchmark prints of its smallest models."""
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", f"benchmarks.{module}", "--quick"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_speed_command_prints_its_three_tables():
-    printed = quick("speed")
+def test_speed_command_prints_its_three_tables(quick_processes, capsys):
+    speed.main(["--quick"])
+    printed = capsys.readouterr().out
     contenders = ("bare model", "TinyLoRA of stock PEFT", "LoRA r=2", "LoRA r=8", "TinyLoRA")
     for title in ("Time", "Memory of the activations", "Operators of an adapted module"):
         section = printed.partition(f"## {title}\n")[2].partition("\n## ")[0]
@@ -195,8 +195,9 @@ def test_speed_command_prints_its_three_tables():
         assert re.search(rf"tokens, {task}: target at most {target}; (reached|missed) with \d", printed)
 
 
-def test_mixed_command_prints_its_two_tables():
-    printed = quick("mixed")
+def test_mixed_command_prints_its_two_tables(capsys):
+    mixed.main(["--quick"])
+    printed = capsys.readouterr().out
     for contender in ("TinyLoRA, a bank", "LoRA r=2"):
         assert all(f"| {contender} | {distinct} |" in printed for distinct in (1, 8, 64))
     assert re.search(r"- decoding: target at most 1\.2 times one adapter; (reached|missed) with \d", printed)

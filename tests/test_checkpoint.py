@@ -231,6 +231,13 @@ def test_transformers_own_load_adapter_refuses_another_base_and_pefts_layout(tin
         tiny_llama().load_adapter(tmp_path / "plain")
 
 
+def test_transformers_own_load_adapter_asks_for_weights_where_it_was_given_a_config_alone(tiny_llama) -> None:
+    base = tiny_llama()
+    with pytest.raises(AdapterFileError, match="names no weights: .* `peft_model_id`, or its tensors as"):
+        base.load_adapter(peft_config=TinyLoraConfig(r=2, u=1, tie="full", target_modules="all-linear"))
+    assert not any(isinstance(module, TinyLoraLayer) for module in base.modules())
+
+
 def test_wrapping_a_base_again_trains_the_new_adapter(tiny_llama, tokens, saved) -> None:
     folder, logits = saved
     base = tiny_llama()

@@ -101,7 +101,7 @@ def test_round_trip_through_the_file(tmp_path: Path, fields: dict) -> None:
 def test_copies_of_a_config_are_not_taken_for_files(tmp_path: Path) -> None:
     config = TinyLoraConfig(tie="tiled", n_tie=4)
     config.save_pretrained(tmp_path)
-    assert TinyLoraConfig.from_pretrained(tmp_path)._from_file
+    assert TinyLoraConfig.from_pretrained(tmp_path).is_from_file
     for twin in (dataclasses.replace(config), copy.deepcopy(config), TinyLoraConfig(**config.to_dict())):
-        assert not twin._from_file
+        assert not twin.is_from_file
         assert conventions_of(twin) == conventions_of(config)

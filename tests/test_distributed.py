@@ -1,6 +1,7 @@
 """Two processes with gloo: DDP, and FSDP2 with a shard for each layer, against one process."""
 
 import json
+import socket
 
 import pytest
 import torch
@@ -32,12 +33,9 @@ TWO_PROCESSES = """
     def gradients(model):
         return [v.grad for v in model.tinylora_v["default"].values()]
 
-    rank = int(os.environ.get("RANK", 0))
-    if "RANK" not in os.environ:  # the parent: itself rank 0, and a child for rank 1
-        import subprocess
-        os.environ.update(RANK="1", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
-        child = subprocess.Popen([sys.executable, "-W", "ignore", "-c", os.environ["SCRIPT"], *sys.argv[1:]])
-        os.environ["RANK"] = "0"
+    child = os.fork()
+    rank = 0 if child else 1
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[2])
     dist.init_process_group("gloo")
     tokens = torch.randint(1, 48, (4, 10), generator=torch.Generator().manual_seed(1)).chunk(2)[rank]
     printed = {}
@@ -74,30 +72,23 @@ TWO_PROCESSES = """
     factors = [(m.tinylora_A["default"], m.tinylora_B["default"]) for m in model.modules() if isinstance(m, TinyLoraLayer)]
     printed["sharded base"] = [[t.tolist() for t in pair] for pair in factors]
 
-    if rank == 0:
-        print(json.dumps(printed))
-        assert child.wait() == 0
     dist.destroy_process_group()
+    if rank == 1:
+        os._exit(0)
+    print(json.dumps(printed))
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 
 @pytest.fixture(scope="module")
 def by_two_processes(tmp_path_factory) -> dict[str, list]:
     """What two processes computed, by name."""
-    import os
-    import socket
-    import textwrap
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    os.environ["PEFT_TINYLORA_CACHE"] = str(tmp_path_factory.mktemp("basis"))
-    os.environ["SCRIPT"] = textwrap.dedent(TWO_PROCESSES)
-    try:
-        printed = json.loads(run_python_process(TWO_PROCESSES, TILED, port).splitlines()[-1])
-    finally:
-        del os.environ["SCRIPT"], os.environ["PEFT_TINYLORA_CACHE"]
-    return printed
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PEFT_TINYLORA_CACHE", str(tmp_path_factory.mktemp("basis")))
+        return json.loads(run_python_process(TWO_PROCESSES, TILED, port).splitlines()[-1])
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])

@@ -234,6 +234,9 @@ def test_an_adapter_of_the_hub_is_downloaded_by_its_two_names_with_the_options_g
         return str(tmp_path / "adapter" / name)
 
     monkeypatch.setattr("peft_tinylora.adapter_files.hf_hub_download", download)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # its tokenizer is asked for too, again and again
     options = {"revision": "v1", "subfolder": "sub", "token": "secret"}
     export_adapter("user/name", tmp_path / "lora", "lora", tiny_llama(), **options)
     assert asked == [("user/name", name, "v1", "sub", "secret") for name in ADAPTER_FILES]

@@ -25,6 +25,7 @@ from peft_tinylora import (
     served,
 )
 from peft_tinylora.inline import InlineAdapter, inline_adapter, inline_adapter_of_folder, parse_inline
+from peft_tinylora.projection import draw_projection, seed_of_module
 from peft_tinylora.served import ServedBase, skeleton
 
 
@@ -120,7 +121,7 @@ def test_the_update_is_the_formula_of_the_paper(base_folder, served_base) -> Non
         signs = torch.stack([row[row.abs().argmax()].sign() for row in Vh[:2]])
         name = f"model.layers.1.{name}"
         position = list(tensors).index(f"{PREFIX}{name}.lora_A.weight") // 2
-        P = served.draw_projection(3, 2, served.seed_of_module(42, name)).double()
+        P = draw_projection(3, 2, seed_of_module(42, name)).double()
         R = torch.einsum("u,urs->rs", adapter.v[position // 4].double(), P)
         expected = (U[:, :2] * S[:2] * signs) @ R @ (signs[:, None] * Vh[:2])
         A, B = (tensors[f"{PREFIX}{name}.lora_{side}.weight"].double() for side in "AB")

@@ -109,12 +109,14 @@ def test_the_environment_of_the_process_is_read(monkeypatch) -> None:
 # vLLM is not in the environment of these tests, and may be in others.
 REGISTER = """
     import os, sys
+    before = set(sys.modules)
     import peft_tinylora.vllm
     for value in (None, "", " , "):
         os.environ.pop("PEFT_TINYLORA_VLLM", None) if value is None else os.environ.update(PEFT_TINYLORA_VLLM=value)
         assert peft_tinylora.vllm.register() is None
-    own = [name for name in sys.modules if name.startswith("peft_tinylora.vllm.")]
-    print(sorted(own), [name for name in sys.modules if name.split(".")[0] in ("vllm", "fastapi")])
+    new = sys.modules.keys() - before
+    own = [name for name in new if name.startswith("peft_tinylora.vllm.")]
+    print(sorted(own), [name for name in new if name.split(".")[0] in ("vllm", "fastapi")])
 """
 
 

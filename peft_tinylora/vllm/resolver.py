@@ -80,7 +80,9 @@ class Remembered(dict[str, LoRARequest]):
 
     def __contains__(self, name: object) -> bool:
         found = super().__contains__(name)
-        if found and name.startswith(PREFIX):  # to the end: the first is the one that was not asked for longest
+        if (
+            found and isinstance(name, str) and name.startswith(PREFIX)
+        ):  # to the end: the first is the one that was not asked for longest
             self[name] = self.pop(name)
         return found
 
@@ -91,7 +93,7 @@ class Remembered(dict[str, LoRARequest]):
         if len(inline) > MOST_REMEMBERED:
             del self[inline[0]]
 
-    def values(self) -> Iterator[LoRARequest]:
+    def values(self) -> Iterator[LoRARequest]:  # type: ignore[override]  # vLLM goes through them, no more
         return iter([request for name, request in self.items() if not name.startswith(PREFIX)])
 
 
@@ -148,6 +150,7 @@ class Adapters:
             raise HTTPException(
                 503, f"The adapter {name[:100]!r} cannot be served now: its owner's log says why."
             ) from error
+        assert request is not None  # or [`TinyLoraResolver.knows`] would not have said so
         if name.startswith(PREFIX):
             self._count_new()  # not what is no adapter, which costs nothing and would use up what is allowed
         reasons = await models.engine_client.collective_rpc("tinylora_reason", args=(request.lora_path,))

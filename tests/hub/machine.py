@@ -4,9 +4,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from support import IMPORT_PATH, warm_python
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +60,7 @@ def environment(hub: Any, home: Path, **more: str) -> dict[str, str]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "PYTHONPATH": IMPORT_PATH,
     }
     return os.environ | own | more
 
@@ -67,12 +68,10 @@ def environment(hub: Any, home: Path, **more: str) -> dict[str, str]:
 class Machine:
     """A process that runs `peft-tinylora` commands and scripts, one after the other."""
 
-    interpreter: tuple[str, ...] = (sys.executable,)
-
     def __init__(self, hub: Any, home: Path, **more: str) -> None:
         home.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
-            [*self.interpreter, "-W", "ignore", "-c", WORKER],
+            [*warm_python(), "-c", WORKER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

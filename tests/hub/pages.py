@@ -12,9 +12,9 @@ from typing import Any
 
 from hub.machine import ROOT, Machine, environment
 from markdown_it import MarkdownIt
+from support import warm_python
 
 
-WARM = Path(__file__).with_name("warm.py")
 # What a clone has and blocks read; what they may write to is copied, the rest linked.
 LINKED = ("trl_recipes", "peft_tinylora", "benchmarks", "Makefile", "pyproject.toml", "constraints.txt")
 COPIED = ("model_cards", "docs")
@@ -73,8 +73,8 @@ def blocks_of(page: Path) -> list[Block]:
 class Shell:
     """A folder that looks like a clone with its environment active; Python starts in it in milliseconds."""
 
-    def __init__(self, hub: Any, folder: Path, socket: Path, programs: Path) -> None:
-        self.hub, self.folder, self._socket = hub, folder, socket
+    def __init__(self, hub: Any, folder: Path, programs: Path) -> None:
+        self.hub, self.folder = hub, folder
         self._path = f"{programs}{os.pathsep}{os.environ['PATH']}"
         for name in LINKED:
             (folder / name).symlink_to(ROOT / name)
@@ -107,20 +107,16 @@ class Shell:
     @contextmanager
     def session(self) -> Iterator[Machine]:
         """A Python process that blocks run in one after the other, as in a notebook."""
-
-        class Warm(Machine):
-            interpreter = (sys.executable, "-IS", str(WARM), "run", str(self._socket), "python")
-
-        machine = Warm(self.hub, self.folder.parent / "home")
+        machine = Machine(self.hub, self.folder.parent / "home")
         machine.script(f"import os\nos.chdir({str(self.folder)!r})")
         yield machine
         machine.close()
 
 
-def write_programs(folder: Path, socket: Path) -> Path:
+def write_programs(folder: Path) -> Path:
     """Programs for the shell's PATH: Python and what is written in it by the warm interpreter, `make` dry, `pip` idle."""
     folder.mkdir()
-    warm = f'exec {sys.executable} -IS {WARM} run {socket} "$(basename "$0")" "$@"\n'
+    warm = f'exec {" ".join(warm_python()[:-1])} "$(basename "$0")" "$@"\n'
     cases = "".join(f'*{script}\\ *) set -- "$@" {options} ;;\n' for script, options in BRIEFLY.items())
     scripts = dict.fromkeys(("python", "accelerate", "peft-tinylora"), f'case "$* " in\n{cases}esac\n{warm}')
     scripts["make"] = f'exec {shutil.which("make")} --dry-run PYTHON={sys.executable} "$@"\n'
@@ -129,20 +125,3 @@ def write_programs(folder: Path, socket: Path) -> Path:
         (folder / name).write_text(f"#!/bin/sh\n{script}")
         (folder / name).chmod(0o755)
     return folder
-
-
-@contextmanager
-def warm_interpreter(hub: Any, folder: Path) -> Iterator[Path]:
-    """The socket of a warm interpreter whose Hub is `hub`."""
-    socket = folder / "warm"
-    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", WARM, "serve", socket],
-        env=environment(hub, folder / "home", PYTHONPATH=paths),
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "ready\n"
-    yield socket
-    process.terminate()
-    process.wait(timeout=30)

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -10,21 +9,20 @@ import pytest
 import torch
 from hub import loopback
 from peft import get_peft_model
-from support import fill_vectors, make_tiny_llama
+from support import fill_vectors, make_tiny_llama, warm_python
 
 from peft_tinylora import TinyLoraConfig
 
 
 USE = """
-    import sys, torch
-    sys.path.insert(0, sys.argv[1])
+    import sys
     from peft import get_peft_model
     from support import make_tiny_llama
     from peft_tinylora import AdapterBank, TinyLoraConfig
     model = get_peft_model(make_tiny_llama(), TinyLoraConfig(u=1, tie="tiled", n_tie=4, target_modules="all-linear")).eval()
     bank = AdapterBank(model)
     try:
-        print(bank.load_collection(sys.argv[2]))
+        print(bank.load_collection(sys.argv[1]))
         bank.load("user/a0", name="by id")
     except Exception as error:
         print(type(error).__name__, error)
@@ -59,7 +57,7 @@ def use(hub, slug: str, home: Path) -> str:
         "HF_TOKEN": "hf_secret",
     }
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(USE), str(Path(__file__).parents[1]), slug],
+        [*warm_python(), "-c", textwrap.dedent(USE), slug],
         capture_output=True,
         text=True,
         env={**os.environ, **own},

@@ -2,13 +2,12 @@
 
 import os
 import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
 import pytest
 from hub import loopback
-from support import make_tiny_llama
+from support import make_tiny_llama, warm_python
 
 
 # A machine: a folder with caches of its own.
@@ -71,7 +70,7 @@ def run(hub, folder: Path, machine: str, *command: str, **environment: str) -> s
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     return subprocess.run(
-        [sys.executable, "-W", "ignore", *command],
+        [*warm_python(), *command],
         capture_output=True,
         text=True,
         env={**os.environ, **own, **environment},

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from hub import loopback
 from hub.machine import ROOT
-from hub.pages import Block, Shell, blocks_of, warm_interpreter, write_programs
+from hub.pages import Block, Shell, blocks_of, write_programs
 from huggingface_hub import ModelCard
 from matplotlib.testing.compare import compare_images
 from safetensors.torch import load_file
@@ -53,20 +53,17 @@ def hub() -> Iterator[loopback.Hub]:
 
 
 @pytest.fixture(scope="module")
-def shell_folder(hub, tmp_path_factory) -> Iterator[tuple[Path, Path]]:
-    """The socket of a warm interpreter, and programs that use it."""
-    folder = tmp_path_factory.mktemp("warm")
-    (folder / "home").mkdir()
-    with warm_interpreter(hub, folder) as socket:
-        yield socket, write_programs(folder / "bin", socket)
+def programs(tmp_path_factory) -> Path:
+    """A folder of programs for the shell's PATH."""
+    return write_programs(tmp_path_factory.mktemp("warm") / "bin")
 
 
 @pytest.fixture
-def shell(hub, shell_folder, tmp_path) -> Shell:
+def shell(hub, programs, tmp_path) -> Shell:
     """A shell in what looks like a clone."""
     (tmp_path / "home").mkdir()
     (tmp_path / "clone").mkdir()
-    return Shell(hub, tmp_path / "clone", *shell_folder)
+    return Shell(hub, tmp_path / "clone", programs)
 
 
 def run_blocks(shell: Shell, blocks: list[Block], shorter: dict[str, str] = SHORTER) -> tuple[str, int]:

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,6 +21,7 @@ from hub.machine import (
     refused,
 )
 from safetensors.torch import load, load_file, save
+from support import warm_python
 from transformers import AutoTokenizer
 
 
@@ -152,7 +152,7 @@ def test_a_portable_adapter_answers_the_same_in_stock_peft_by_its_id(
     pushed(hub, trainer, portable)
     code = f"{ANSWER}\nimport sys\nfrom transformers import AutoModelForCausalLM{LOADERS['PeftModel']}\nanswer(model)"
     stock = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"{code}\nassert 'peft_tinylora' not in sys.modules"],
+        [*warm_python(), "-c", f"{code}\nassert 'peft_tinylora' not in sys.modules"],
         capture_output=True,
         text=True,
         env=environment(hub, folder / "user"),
@@ -292,7 +292,7 @@ def test_every_code_block_of_the_card_runs_and_answers_the_same_with_and_without
     done = user.command(*export.split()[1:])
     assert done.status == 0, done.stderr
     plain = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", f"{without}\nimport sys\nassert 'peft_tinylora' not in sys.modules"],
+        [*warm_python(), "-c", f"{without}\nimport sys\nassert 'peft_tinylora' not in sys.modules"],
         capture_output=True,
         text=True,
         env=environment(hub, folder / "user"),

@@ -3,18 +3,22 @@
 import json
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hub import loopback
 from hub.machine import environment
+from safetensors.torch import load
+from support import warm_python
 
 
 ROOT = Path(__file__).resolve().parents[2]
 EMBEDDED = ROOT / "trl_recipes" / "embedded"
-FEW = ("--max_steps", "2", "--max_eval_problems", "16", "--score_batch_size", "16", "--overwrite_output_dir", "true")
+FEW = (
+    *("--max_steps", "2", "--per_device_train_batch_size", "16", "--overwrite_output_dir", "true"),
+    *("--max_eval_problems", "16", "--score_batch_size", "16"),
+)
 TO_HUB = ("--push_to_hub", "true", "--hub_model_id", "user/trained")
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "README.md", "recipe.yaml"}
 
@@ -37,9 +41,9 @@ def hub(running) -> loopback.Hub:
 def run(hub, home: Path, *command: str, **more: str) -> subprocess.CompletedProcess:
     home.mkdir(exist_ok=True)
     return subprocess.run(
-        [sys.executable, *command],
+        [*warm_python(), *command],
         cwd=ROOT,
-        env=environment(hub, home, OMP_NUM_THREADS="2", **more),
+        env=environment(hub, home, **more),
         capture_output=True,
         text=True,
         timeout=300,
@@ -59,6 +63,9 @@ def test_trained_and_pushed_here_and_the_same_answers_elsewhere_by_its_id(hub, t
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     files = hub.repositories["user/trained"]
+    assert load(files["adapter_model.safetensors"])[
+        "base_model.tinylora_v"
+    ].all()  # or anything answers as the base does
     curve = {"grpo": "reward", "sft": "loss"}[recipe]
     assert files.keys() == ADAPTER | {f"{curve}_curve.csv", f"{curve}_curve.png"}
     assert sum("/commit/" in request for request in hub.requests) == 1
