@@ -6,15 +6,18 @@ strict: an unknown key in YAML is an error. Field names are unique across all th
 """
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
 
 import yaml
 from transformers.utils import is_bitsandbytes_available
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
+from peft_tinylora import TinyLoraError
 from peft_tinylora.config import SAVE_DTYPES
 
 
@@ -269,6 +272,28 @@ class TinyLoraArguments:
         for name in ("tinylora_dtype", "tinylora_save_dtype"):
             if getattr(self, name) not in SAVE_DTYPES:
                 raise RecipeError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(repr, SAVE_DTYPES))}.")
+
+
+R = TypeVar("R", bound=RecipeArguments)
+T = TypeVar("T", GRPOConfig, SFTConfig)
+
+
+class Options(NamedTuple, Generic[R, T]):
+    """All that a recipe was set to, as [`parse`] returns it."""
+
+    recipe: R
+    training: T
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+    tinylora: TinyLoraArguments
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; what the user can mend is one line on stderr, and exit code 1."""
+    try:
+        main()
+    except (RecipeError, TinyLoraError) as error:
+        sys.exit(f"error: {error}")
 
 
 def parse(classes: Sequence[type], usage: str, argv: Sequence[str] | None = None) -> tuple:

@@ -15,12 +15,13 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOTrainer, SFTTrainer
 
 from peft_tinylora import TinyLoraError
 from trl_recipes.arguments import RecipeError
@@ -34,17 +35,11 @@ IMMATERIAL = (
     *("output_dir", "run_name", "report_to", "project", "trackio", "logging_", "log_", "num_completions_to_print"),
     *("save_", "hub_", "push_to_hub", "resume_from_checkpoint", "disable_tqdm", "dataloader_", "vllm_server", "ddp_"),
 )
-T = TypeVar("T", bound=Trainer)
 
 
-def resumable(trainer_class: type[T]) -> type[T]:
-    """Returns a trainer's class with [`ResumableMixin`]."""
-    return type(f"Resumable{trainer_class.__name__}", (ResumableMixin, trainer_class), {})
-
-
-class ResumableMixin:
+class ResumableTrainer(Trainer):
     """
-    For a [`~transformers.Trainer`], before it among the bases: checkpoints that are whole and hold all that it needs.
+    A [`~transformers.Trainer`] whose checkpoints are whole and hold all that it needs; TRL's get it as their first base.
 
     `_save_checkpoint` and `_get_output_dir` are not public; there is no other place between the last file of a checkpoint
     and the deletion of older ones, and TRL's trainers override the first too.
@@ -194,10 +189,18 @@ class ResumableMixin:
             )
 
 
+class ResumableGRPOTrainer(ResumableTrainer, GRPOTrainer):
+    """TRL's GRPO, resumable."""
+
+
+class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
+    """TRL's SFT, resumable."""
+
+
 class BetweenSteps(TrainerCallback):
     """Gives a resumed trainer back what it held; tells its [`DataOrder`] of each epoch."""
 
-    def __init__(self, trainer: ResumableMixin) -> None:
+    def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -260,7 +263,7 @@ def settings_of(trainer: Trainer) -> dict[str, Any]:
     if hasattr(data, "__len__") and len(data):
         first = hashlib.sha256(json.dumps(plain(data[0]), sort_keys=True).encode()).hexdigest()[:16]
         given |= {"training rows": len(data), "first training row (SHA-256)": first}
-    base = trainer.model.config._name_or_path
+    base = trainer.model.config.name_or_path
     given |= {"base model": base, "processes": trainer.args.world_size}
     return plain(given | trainer.recipe_settings)
 

@@ -1,6 +1,10 @@
 """What the script score.py can be told, from YAML or the command line; see arguments.py."""
 
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from trl import ModelConfig
 
 from trl_recipes.arguments import ProblemArguments, RecipeError
 
@@ -129,3 +133,19 @@ class ScoreArguments(ProblemArguments):
                 f"temperature={self.temperature:g}, top_p={self.top_p:g}: a temperature is above 0 (greedy is measured "
                 "anyway), top_p above 0 and at most 1."
             )
+
+
+def command_options(values: Mapping[str, object], defaults: Mapping[str, object] | None = None) -> str:
+    """
+    Options of score.py as a command line has them, without those that have their default value.
+
+    Args:
+        values (`dict[str, object]`):
+            Value by option.
+        defaults (`dict[str, object]`, *optional*):
+            Those that are not the script's own.
+    """
+    own = {f.name: f.default for f in (*fields(ScoreArguments), *fields(ModelConfig))}
+    of_script = own | dict(defaults or {})
+    given = [(name, str(value)) for name, value in values.items() if value != of_script[name]]
+    return shlex.join(part for name, value in given for part in (f"--{name}", value))

@@ -37,7 +37,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at import tha
 from tqdm import tqdm  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
-from trl_recipes.arguments import METHODS, RecipeArguments, RecipeError, TinyLoraArguments, parse  # noqa: E402
+from trl_recipes.arguments import METHODS, RecipeArguments, RecipeError, TinyLoraArguments, parse, run_script  # noqa: E402
 from trl_recipes.sweep_file import CHOOSE, Run, Sweep, load_sweep  # noqa: E402
 from trl_recipes.sweep_run import Failure, Processes, read_result, score, train, write_atomically  # noqa: E402
 
@@ -311,8 +311,6 @@ def configuration_of(sweep: Sweep, run: Run) -> str:
 
 if __name__ == "__main__":
     try:
-        main()
-    except RecipeError as error:
-        sys.exit(f"error: {error}")
+        run_script(main)
     except KeyboardInterrupt:
         sys.exit("stopped: start the same command again to go on")
