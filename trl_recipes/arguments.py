@@ -7,10 +7,10 @@ strict: an unknown key in YAML is an error. Field names are unique across all th
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import yaml
 from transformers.utils import is_bitsandbytes_available
@@ -296,12 +296,12 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(f"error: {error}")
 
 
-def parse(classes: Sequence[type], usage: str, argv: Sequence[str] | None = None) -> tuple:
+def parse(classes: Iterable[type], usage: str, argv: Sequence[str] | None = None) -> tuple:
     """
     Parses YAML and command line strictly into one object of each class.
 
     Args:
-        classes (`Sequence[type]`):
+        classes (`Iterable[type]`):
             Dataclasses whose field names don't overlap.
         usage (`str`):
             One line shown with a wrong option, in place of a list of the some 300 that there are.
@@ -311,7 +311,8 @@ def parse(classes: Sequence[type], usage: str, argv: Sequence[str] | None = None
     Raises:
         RecipeError: if the file is missing or no YAML mapping, or a key or value is not accepted.
     """
-    parser = TrlParser(classes, usage=usage)
+    # transformers' type is of one dataclass and its instances; `type[Any]` is what all of them are.
+    parser = TrlParser(cast(Iterable[Any], classes), usage=usage)
     try:
         return parser.parse_args_and_config(argv)
     except RecipeError:

@@ -55,6 +55,7 @@ from trl_recipes.recipe_steps import (  # noqa: E402
     begin,
     conclude,
     curve_callback,
+    load_base,
     make_ready,
     save_and_score,
     settings_of_run,
@@ -66,7 +67,6 @@ from trl_recipes.rewards import check_rewards, load_rewards  # noqa: E402
 from trl_recipes.rollouts import make_rollouts, weigh_by_importance  # noqa: E402
 from trl_recipes.trainer_setup import (  # noqa: E402
     hide_known_noise,
-    load_model,
     load_tokenizer,
     refuse_rounding_options,
 )
@@ -105,8 +105,7 @@ def main() -> None:
     held_out = HeldOut(problems, tokenizer, recipe_args, training_args.max_completion_length)
 
     # --- model
-    model = load_model(model_args, training_args.trust_remote_code, training_args.model_init_kwargs)
-    training_args.model_init_kwargs = None  # used up: TRL warns when it is given a model and these
+    model = load_base(options)
     peft_config = peft_config_of(recipe_args.method, tinylora_args, model_args, model)
 
     # --- trainer

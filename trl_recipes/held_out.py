@@ -5,6 +5,7 @@ its devices. Where there are no problems all scores are `None`.
 """
 
 from dataclasses import fields
+from typing import cast
 
 from accelerate import PartialState
 from datasets import Dataset
@@ -45,12 +46,12 @@ class HeldOut:
         problems: Dataset | None,
         tokenizer: PreTrainedTokenizerBase,
         recipe_args: RecipeArguments,
-        max_completion_length: int,
+        max_completion_length: int | None,
     ) -> None:
         self.problems = problems
         self.tokenizer = tokenizer
         self.recipe_args = recipe_args
-        self.max_completion_length = max_completion_length
+        self.max_completion_length = cast(int, max_completion_length)  # GRPOConfig's type allows none
         self.before: Scores = None
         self.after: Scores = None
         self.answers_sha256: str | None = None
@@ -65,7 +66,7 @@ class HeldOut:
             say(NOT_SCORED)
         elif not is_sharded(trainer):
             with without_adapter(trainer.model):
-                before, _ = self._score(trainer.model)
+                before, _ = self._score(trainer.model, self.problems)
             self.before = before
             say(f"before: greedy {before['greedy']:.1%}, sampled {before['sampled']:.1%}")
 
@@ -74,18 +75,18 @@ class HeldOut:
         with ready_to_generate(trainer) as policy:
             if self.problems is None:
                 return
-            self.after, self.answers_sha256 = self._score(policy)
+            self.after, self.answers_sha256 = self._score(policy, self.problems)
             if is_sharded(trainer) and self.recipe_args.method != "full":
                 with without_adapter(policy):
-                    self.before, _ = self._score(policy)
+                    self.before, _ = self._score(policy, self.problems)
 
-    def _score(self, model: PreTrainedModel | PeftModel) -> tuple[dict[str, float], str]:
+    def _score(self, model: PreTrainedModel | PeftModel, problems: Dataset) -> tuple[dict[str, float], str]:
         """The share of problems solved by way of decoding, and the `answers_sha256` of the greedy answers."""
         scores = {
             decoding: score(
                 model,
                 self.tokenizer,
-                self.problems,
+                problems,
                 batch_size=self.recipe_args.score_batch_size,
                 max_completion_length=self.max_completion_length,
                 sampled=decoding == "sampled",

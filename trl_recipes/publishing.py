@@ -6,8 +6,8 @@ from pathlib import Path
 
 import yaml
 from accelerate import PartialState
-from transformers import TrainingArguments
-from trl import ModelConfig
+from transformers.trainer_utils import HubStrategy
+from trl import GRPOConfig, ModelConfig, SFTConfig
 
 from peft_tinylora import TinyLoraError
 from peft_tinylora.card import Evaluation
@@ -29,7 +29,7 @@ class HubOptions:
 
 
 def take_hub_options(
-    recipe_args: RecipeArguments, training_args: TrainingArguments, model_args: ModelConfig
+    recipe_args: RecipeArguments, training_args: GRPOConfig | SFTConfig, model_args: ModelConfig
 ) -> HubOptions | None:
     """
     Takes the options of pushing away from the trainer, which would push whatever lies in `output_dir`, time and again; makes
@@ -45,17 +45,17 @@ def take_hub_options(
     """
     if not training_args.push_to_hub:
         return None
-    if training_args.hub_strategy.value in ("checkpoint", "all_checkpoints"):
+    if HubStrategy(training_args.hub_strategy).value in ("checkpoint", "all_checkpoints"):
         raise RecipeError(
-            f"hub_strategy={training_args.hub_strategy.value!r}: this recipe pushes the finished adapter, once: leave it out."
+            f"hub_strategy={HubStrategy(training_args.hub_strategy).value!r}: this recipe pushes the finished adapter, once: leave it out."
         )
-    base = recipe_args.hub_base_model or model_args.model_name_or_path
+    base = recipe_args.hub_base_model or str(model_args.model_name_or_path)
     if recipe_args.hub_base_model is None and Path(str(model_args.model_name_or_path)).exists():
         raise RecipeError(
             f"push_to_hub with model_name_or_path={model_args.model_name_or_path!r}, a folder of this machine: name the "
             "base model's id on the Hub by hub_base_model, or leave push_to_hub out."
         )
-    repository = training_args.hub_model_id or Path(training_args.output_dir).name
+    repository = training_args.hub_model_id or Path(str(training_args.output_dir)).name
     if PartialState().is_main_process:
         repository = check_access(
             repository, private=training_args.hub_private_repo, token=training_args.hub_token

@@ -11,11 +11,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import transformers
 from accelerate import PartialState
+from huggingface_hub import ModelCard
 from packaging.version import Version
-from transformers import ProgressCallback
+from transformers import PreTrainedModel, ProgressCallback
 
 from peft_tinylora.card import Facts, Training, use_lines, write_card
 from peft_tinylora.describe import Description, describe
@@ -29,7 +31,7 @@ from trl_recipes.publishing import HubOptions, evaluation_of, push_result, take_
 from trl_recipes.reporting import by_decoding, print_files, print_numbers, print_scores
 from trl_recipes.resuming import ResumableTrainer
 from trl_recipes.sharding import send_gradients_only
-from trl_recipes.trainer_setup import count_trained, load_tokenizer, quantization_of
+from trl_recipes.trainer_setup import count_trained, load_model, load_tokenizer, quantization_of
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def begin(options: Options) -> HubOptions | None:
     """
     recipe_args, training_args, model_args, _, tinylora_args = options
     send_gradients_only(training_args)
-    output_dir = Path(training_args.output_dir)
+    output_dir = Path(str(training_args.output_dir))
     say = PartialState().print  # on the main process only
     finished = finished_in(output_dir, training_args.resume_from_checkpoint)
     if finished is not None:
@@ -85,6 +87,17 @@ def begin(options: Options) -> HubOptions | None:
     for line in remarks(recipe_args, model_args, tinylora_args):
         say(line)
     return take_hub_options(recipe_args, training_args, model_args)
+
+
+def load_base(options: Options) -> PreTrainedModel:
+    """Loads the base model."""
+    training_args = options.training
+    more = cast(
+        dict[str, Any] | None, training_args.model_init_kwargs
+    )  # a string in YAML only, which TRL reads as JSON
+    model = load_model(options.model, training_args.trust_remote_code, more)
+    training_args.model_init_kwargs = None  # used up: TRL warns when it is given a model and these
+    return model
 
 
 def curve_callback(curve: Curve, options: Options) -> CurveCallback:
@@ -152,7 +165,7 @@ def settings_of_run(options: Options, steps: int, own: Mapping[str, object]) -> 
 
 def write_report(
     curve: Curve, held_out: HeldOut, settings: Mapping[str, object], options: Options
-) -> tuple[Description, str] | None:
+) -> tuple[Description, ModelCard] | None:
     """
     Writes the picture of the curve, recipe.yaml and, of a TinyLoRA, the card.
 
@@ -160,9 +173,10 @@ def write_report(
         The adapter as it was saved, and its card; `None` of a baseline, which has no card.
     """
     recipe_args, training_args, _, mixture_args, _ = options
-    output_dir = Path(training_args.output_dir)
+    output_dir = Path(str(training_args.output_dir))
     draw_curve(
-        *(output_dir / f"{curve.column}_curve.{ending}" for ending in ("csv", "png")),
+        output_dir / f"{curve.column}_curve.csv",
+        output_dir / f"{curve.column}_curve.png",
         f"{output_dir.name}: {curve.recipe} {curve.column}",
         curve.column,
         held_out.before,
@@ -196,7 +210,7 @@ def conclude(
     curve: Curve,
     trained: Trained,
     held_out: HeldOut,
-    report: tuple[Description, str] | None,
+    report: tuple[Description, ModelCard] | None,
     hub: HubOptions | None,
     options: Options,
     start: float,
@@ -213,7 +227,7 @@ def conclude(
     Raises:
         TinyLoraError: if pushing failed: after the result was printed.
     """
-    output_dir = Path(options.training.output_dir)
+    output_dir = Path(str(options.training.output_dir))
     if report is not None:
         print_numbers(report[0].numbers)
     print_scores(held_out.before, held_out.after)

@@ -71,9 +71,6 @@ from trl_recipes.variants import (  # noqa: E402
 )
 
 
-DEFAULT_LENGTH = 512  # tokens of an answer at most
-
-
 @dataclass(frozen=True)
 class Score:
     """What `score` measured.
@@ -170,8 +167,6 @@ def main() -> None:
         fill_in_benchmark(arguments)
     if arguments.dataset is None:
         raise RecipeError("no problems: set benchmark, or dataset to a dataset id or a JSON, JSONL or Parquet file.")
-    if arguments.max_completion_length is None:
-        arguments.max_completion_length = DEFAULT_LENGTH
     if arguments.vllm_server_base_url is not None:
         refuse_options_of_a_loaded_model(arguments, model_args)
     if model_args.model_name_or_path is None and arguments.adapter is not None:
@@ -200,7 +195,7 @@ def main() -> None:
         "adapter_sha256": digest_of_adapter(arguments.adapter),
         "basis": arguments.basis,
         "problems_sha256": digest_of(problems),
-        "max_completion_length": arguments.max_completion_length,
+        "max_completion_length": arguments.longest,
     }
     settings |= {"samples": arguments.samples, "temperature": sampling.temperature, "top_p": sampling.top_p}
     if arguments.vllm_server_base_url is None:
@@ -213,7 +208,7 @@ def main() -> None:
         del variants, model  # before the other is loaded: the memory may hold one of them
         gc.collect()
         base_args = replace(model_args, model_name_or_path=arguments.base_model, model_revision="main")
-        ask = asks_model(load_for_scoring(arguments, base_args), tokenizer, arguments.max_completion_length)
+        ask = asks_model(load_for_scoring(arguments, base_args), tokenizer, arguments.longest)
         evaluate([Variant(BASE, ask, nullcontext, arguments.batch_size)], problems, plan, log)
         names.append(BASE)
 
@@ -231,7 +226,7 @@ def main() -> None:
     }
     if arguments.sampled:
         result["sampled"] = asked["sampled"]["strict"]["mean"]
-    result |= {"max_completion_length": arguments.max_completion_length} | run
+    result |= {"max_completion_length": arguments.longest} | run
     if arguments.samples:
         result |= {name: settings[name] for name in ("samples", "temperature", "top_p", "seed") if name in settings}
     result |= summary
@@ -245,7 +240,7 @@ def main() -> None:
 def load_problems(arguments: ScoreArguments, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """Loads the problems, and says on stderr what of them may not be meant."""
     if arguments.benchmark is None:
-        rows = load_rows(arguments.dataset, arguments.dataset_config, arguments.dataset_split)
+        rows = load_rows(str(arguments.dataset), arguments.dataset_config, arguments.dataset_split)
     else:
         rows = load_benchmark_rows(arguments)
         expected = BENCHMARKS[arguments.benchmark].problems

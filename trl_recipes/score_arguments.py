@@ -9,6 +9,9 @@ from trl import ModelConfig
 from trl_recipes.arguments import ProblemArguments, RecipeError
 
 
+DEFAULT_LENGTH = 512  # tokens of an answer at most
+
+
 @dataclass
 class ScoreArguments(ProblemArguments):
     """What the script `score.py` reads, besides TRL's `ModelConfig`.
@@ -65,7 +68,7 @@ class ScoreArguments(ProblemArguments):
             "dataset, columns, prompt and longest answer, as far as they are not given."
         },
     )
-    dataset: str = field(
+    dataset: str | None = field(
         default=None,
         metadata={"help": "Problems: a dataset id or a JSON, JSONL or Parquet file. With `benchmark`: a copy of it."},
     )
@@ -121,6 +124,11 @@ class ScoreArguments(ProblemArguments):
     )
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that a model ships with."})
+
+    @property
+    def longest(self) -> int:
+        """Most tokens in an answer: what was set, or what the benchmark says, or else 512."""
+        return DEFAULT_LENGTH if self.max_completion_length is None else self.max_completion_length
 
     def __post_init__(self):
         super().__post_init__()

@@ -52,6 +52,7 @@ from trl_recipes.recipe_steps import (  # noqa: E402
     begin,
     conclude,
     curve_callback,
+    load_base,
     make_ready,
     save_and_score,
     settings_of_run,
@@ -59,7 +60,7 @@ from trl_recipes.recipe_steps import (  # noqa: E402
     write_report,
 )
 from trl_recipes.resuming import ResumableSFTTrainer  # noqa: E402
-from trl_recipes.trainer_setup import hide_known_noise, load_model, load_tokenizer  # noqa: E402
+from trl_recipes.trainer_setup import hide_known_noise, load_tokenizer  # noqa: E402
 
 
 ARGUMENT_CLASSES = (SFTArguments, SFTConfig, ModelConfig, DatasetMixtureConfig, TinyLoraArguments)
@@ -92,8 +93,7 @@ def main() -> None:
     held_out = HeldOut(problems, tokenizer, recipe_args, recipe_args.max_completion_length)
 
     # --- model
-    model = load_model(model_args, training_args.trust_remote_code, training_args.model_init_kwargs)
-    training_args.model_init_kwargs = None  # used up: TRL warns when it is given a model and these
+    model = load_base(options)
     peft_config = peft_config_of(recipe_args.method, tinylora_args, model_args, model)
 
     # --- trainer
