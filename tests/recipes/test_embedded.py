@@ -3,13 +3,12 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import run_python_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from trl_recipes.embedded import task
@@ -61,7 +60,7 @@ def one_thread():
 
 def test_new_process_gives_the_same_ids_and_logits(tmp_path, tokenizer, one_thread):
     saved = tmp_path / "probe.pt"
-    subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, str(MODEL), json.dumps(PROBE), str(saved)], check=True)
+    run_python_process(IN_A_NEW_PROCESS, MODEL, json.dumps(PROBE), saved)
     theirs = torch.load(saved)
 
     # Built here from the files themselves, without the Auto classes.

@@ -1,17 +1,15 @@
 """A run that is killed at any point and resumed ends as the one that was left alone, to the bit."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from recipes.killed_runs import Killer, exit_status, fork, torn_in
-from recipes.runs import ROOT
+from recipes.forks import exit_status, fork
+from recipes.killed_runs import Killer, torn_in
+from recipes.runs import in_fork
 from recipes.tiny_trainers import tiny_trainer
 from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOTrainer, SFTTrainer
@@ -291,19 +289,7 @@ def recipe_options(recipe: str, base: Path, files: tuple[Path, Path], folder: Pa
 def run_jobs(jobs: list[dict], folder: Path) -> list[dict]:
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }
-    finished = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killed_runs.py")), str(file)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=3000,
-    )
+    finished = in_fork(str(Path(__file__).with_name("killed_runs.py")), str(file), seconds=3000)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])
 

@@ -15,7 +15,7 @@ import yaml
 from peft import PeftModel
 from recipes.adapters import BATCH, LENGTH, OPTIONS
 from recipes.fake_vllm import FakeServer
-from recipes.runs import ROOT, in_new_process
+from recipes.runs import ROOT, in_fork
 from transformers import AutoModelForCausalLM
 
 from peft_tinylora.card import FACTS_FILE, read_facts
@@ -82,7 +82,7 @@ def test_a_killed_process_is_taken_up_by_the_next(
     process.communicate()
     torn = (out / FILE).read_bytes()
     assert not (out / "results.json").exists()
-    finished = in_new_process(*command)
+    finished = in_fork(*command[1:])
     assert finished.returncode == 0, finished.stderr
     result = json.loads(finished.stdout)
     assert (out / FILE).read_bytes().startswith(torn[: torn.rfind(b"\n") + 1])
