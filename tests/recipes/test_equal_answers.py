@@ -12,10 +12,10 @@ PAIRS = [json.loads(line) for line in Path(__file__).with_name("equal_answers.js
 
 
 @pytest.mark.parametrize(("found", "gold"), [(pair["found"], pair["gold"]) for pair in PAIRS if pair["equal"]])
-def test_equal_however_they_are_written(found: str, gold: str) -> None:
+def test_answers_are_equal_however_they_are_written(found: str, gold: str) -> None:
     assert answers_agree(found, gold)
 
 
 @pytest.mark.parametrize(("found", "gold"), [(pair["found"], pair["gold"]) for pair in PAIRS if not pair["equal"]])
-def test_near_is_not_equal(found: str, gold: str) -> None:
+def test_what_is_near_the_true_answer_is_not_equal_to_it(found: str, gold: str) -> None:
     assert not answers_agree(found, gold)

@@ -35,7 +35,7 @@ def run(launch, problem_files, tmp_path_factory) -> Run:
     )
 
 
-def test_the_last_line_is_the_result(run):
+def test_the_last_line_of_the_output_is_the_result_as_json(run):
     result = run.result
     assert set(result) == {
         *("method", "trained_parameters", "greedy_before", "greedy_after", "sampled_before", "sampled_after"),
@@ -62,7 +62,7 @@ def test_a_resumed_run_ends_where_the_whole_run_did(launch, problem_files, tmp_p
     assert resumed.result["total_seconds"] > 5e8  # the clock that make started
 
 
-def test_files_and_nothing_else(run):
+def test_a_run_leaves_its_files_and_nothing_else(run):
     assert {path.name for path in run.folder.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "reward_curve.csv", "reward_curve.png"),
         *("recipe.yaml", ".card.json", "checkpoint-1", "checkpoint-2"),
@@ -120,7 +120,7 @@ def test_the_card_says_what_was_measured(run):
     assert line.removeprefix("score it again: ") in card.text
 
 
-def test_a_4bit_base(launch, problem_files, tmp_path):
+def test_an_adapter_of_a_4bit_base_answers_the_same_on_one_quantized_anew(launch, problem_files, tmp_path):
     """The adapter gives the same answers on a base quantized anew, in a new process, and v was never rounded."""
     run = launch(
         *(tmp_path, "--dataset_name", str(problem_files[0]), "--eval_dataset_name", str(problem_files[1])),
@@ -144,7 +144,9 @@ def fail(monkeypatch, *options: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-def test_mistakes_are_one_line_each(monkeypatch, tmp_path, tiny_model_dir, problem_files):
+def test_each_mistake_in_the_options_is_one_line_and_leaves_nothing(
+    monkeypatch, tmp_path, tiny_model_dir, problem_files
+):
     folder = ("--output_dir", str(tmp_path))
     model = ("--model_name_or_path", str(tiny_model_dir))
     assert "no model: set model_name_or_path" in fail(monkeypatch, *folder)

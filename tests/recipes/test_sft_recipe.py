@@ -58,7 +58,7 @@ def gradient_at_the_start(run: Run, base_folder, solved_file: str) -> torch.Tens
     return torch.cat([v.grad for v in model.tinylora_v["default"].values()])
 
 
-def test_the_last_line_is_the_result(run):
+def test_the_last_line_of_the_output_is_the_result_as_json(run):
     result = run.result
     assert set(result) == {
         *("method", "trained_parameters", "greedy_before", "greedy_after", "sampled_before", "sampled_after"),
@@ -90,7 +90,7 @@ def test_a_resumed_run_ends_where_the_whole_run_did(launch, solved_file, problem
     assert [resumed.result[key] for key in same] == [run.result[key] for key in same]
 
 
-def test_files_and_nothing_else(run):
+def test_a_run_leaves_its_files_and_nothing_else(run):
     assert {path.name for path in run.folder.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "loss_curve.csv", "loss_curve.png"),
         *("recipe.yaml", ".card.json", "checkpoint-1", "checkpoint-2"),
@@ -134,7 +134,9 @@ def test_the_card_says_what_was_measured(run):
 
 
 @pytest.mark.parametrize("quantized", ["load_in_4bit", "load_in_8bit"])
-def test_a_quantized_base(launch, solved_file, problem_files, tmp_path, quantized):
+def test_an_adapter_of_a_quantized_base_answers_the_same_on_one_quantized_anew(
+    launch, solved_file, problem_files, tmp_path, quantized
+):
     """The adapter gives the same answers on a base quantized anew, in a new process, and v was never rounded."""
     run = launch(
         *(tmp_path, "--dataset_name", solved_file, "--eval_dataset_name", str(problem_files[1])),
@@ -158,7 +160,9 @@ def fail(monkeypatch, *options: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-def test_mistakes_are_one_line_each(monkeypatch, tmp_path, tiny_model_dir, problem_files):
+def test_each_mistake_in_the_options_is_one_line_and_leaves_nothing(
+    monkeypatch, tmp_path, tiny_model_dir, problem_files
+):
     folder = ("--output_dir", str(tmp_path))
     model = ("--model_name_or_path", str(tiny_model_dir))
     assert "no model: set model_name_or_path" in fail(monkeypatch, *folder)

@@ -45,7 +45,7 @@ def test_no_prompts_need_no_server():
     assert VllmServers(["http://127.0.0.1:1"]).generate(MODEL, [], max_tokens=8) == []
 
 
-def test_two_calls_one_after_the_other(start):
+def test_a_second_call_on_the_same_servers_is_answered_as_the_first(start):
     servers = VllmServers([start().url, start().url])
     for count in (5, 7):
         prompts = make_prompts(count)
@@ -166,7 +166,7 @@ def test_a_timeout_puts_a_server_aside(start, log):
     assert f"{hanging.url} is put aside: no answer in time (ReadTimeout)." in log()[0][1]
 
 
-def test_all_servers_down(start):
+def test_where_no_server_answers_each_reason_is_named_once_patience_is_over(start):
     urls = [f"http://127.0.0.1:{refused_port()}", start(faults=[(503, "Starting.")] * 100).url]
     started = time.monotonic()
     with pytest.raises(RecipeError) as caught:
@@ -270,7 +270,7 @@ def test_the_base_is_what_a_server_that_answers_calls_it(start):
         VllmServers([down]).base_model()
 
 
-def test_urls_of_an_option():
+def test_an_option_has_urls_separated_by_commas():
     assert split_urls("http://a:1, http://b:2/v1,") == ["http://a:1", "http://b:2/v1"]
     assert split_urls("") == []
 
