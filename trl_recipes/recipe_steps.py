@@ -92,9 +92,8 @@ def begin(options: Options) -> HubOptions | None:
 def load_base(options: Options) -> PreTrainedModel:
     """Loads the base model."""
     training_args = options.training
-    more = cast(
-        dict[str, Any] | None, training_args.model_init_kwargs
-    )  # a string in YAML only, which TRL reads as JSON
+    # A string on the command line only, which TRL's config reads as JSON.
+    more = cast(dict[str, Any] | None, training_args.model_init_kwargs)
     model = load_model(options.model, training_args.trust_remote_code, more)
     training_args.model_init_kwargs = None  # used up: TRL warns when it is given a model and these
     return model
@@ -102,7 +101,7 @@ def load_base(options: Options) -> PreTrainedModel:
 
 def curve_callback(curve: Curve, options: Options) -> CurveCallback:
     """The callback that writes the curve's CSV into `output_dir`."""
-    return CurveCallback(Path(options.training.output_dir, f"{curve.column}_curve.csv"), curve.columns)
+    return CurveCallback(Path(str(options.training.output_dir), f"{curve.column}_curve.csv"), curve.columns)
 
 
 def make_ready(trainer: ResumableTrainer, curve: Curve, options: Options) -> None:

@@ -167,6 +167,7 @@ def main() -> None:
         fill_in_benchmark(arguments)
     if arguments.dataset is None:
         raise RecipeError("no problems: set benchmark, or dataset to a dataset id or a JSON, JSONL or Parquet file.")
+    arguments.max_completion_length = arguments.longest
     if arguments.vllm_server_base_url is not None:
         refuse_options_of_a_loaded_model(arguments, model_args)
     if model_args.model_name_or_path is None and arguments.adapter is not None:
