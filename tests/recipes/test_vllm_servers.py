@@ -225,7 +225,15 @@ def test_answers_of_a_call_that_ended_are_not_taken_for_the_next(start):
     assert sum(servers.served.values()) == 2
 
 
-def test_an_interrupted_call_sends_nothing_more(start):
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as in a terminal: a shell starts what runs in its background without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_call_sends_nothing_more(start, ctrl_c):
     server = start(delay=0.2)
     servers = VllmServers([server.url], slots=2)
     interrupt = threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
