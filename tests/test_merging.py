@@ -8,7 +8,7 @@ import torch
 from peft import get_peft_model
 from support import fill_vectors, make_tiny_llama
 
-from peft_tinylora import MergeError, TinyLoraConfig
+from peft_tinylora import MergeError, TinyLoraConfig, TinyLoraLayer
 from peft_tinylora.merging import rounded
 from peft_tinylora.survival import MergeReport, Survival, survival
 
@@ -165,3 +165,86 @@ def test_a_quantized_weight_is_not_rounded_stochastically(tmp_path):
     model = get_peft_model(BACKENDS["bnb-nf4"](tmp_path), TinyLoraConfig(**CONFIG))
     with pytest.raises(MergeError, match=r"stochastic_rounding_seed is for bfloat16 weights.*bnb 4bit"):
         model.merge_adapter(stochastic_rounding_seed=0)
+
+
+# --- merged models
+def test_merge_and_unmerge_give_the_base_back_to_the_bit(tiny_llama, tokens) -> None:
+    model = get_peft_model(tiny_llama().bfloat16(), TinyLoraConfig(**CONFIG))
+    names = [name for name, _ in model.named_parameters() if "base_layer" in name]
+    before = {name: model.get_parameter(name).clone() for name in names}
+    for cycle in range(5):  # TRL merges and unmerges at each step, while v moves
+        fill_vectors(model, 0.2, seed=cycle)
+        model.merge_adapter()
+        assert any(not torch.equal(model.get_parameter(name), before[name]) for name in names)
+        model.unmerge_adapter()
+        assert all(torch.equal(model.get_parameter(name), before[name]) for name in names)
+
+
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merged_model_is_the_adapted_model(tiny_llama, tokens, safe_merge: bool) -> None:
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**CONFIG))
+    model.add_adapter("second", TinyLoraConfig(**{**CONFIG, "projection_seed": 1}))
+    fill_vectors(model, 0.3)
+    fill_vectors(model, 0.3, seed=3, adapter_name="second")
+    model.base_model.set_adapter(["default", "second"])
+    expected = model(tokens).logits
+    model.merge_adapter(safe_merge=safe_merge)
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=0, atol=0)
+    merged = model.merge_and_unload(safe_merge=safe_merge)
+    assert not any(isinstance(module, TinyLoraLayer) for module in merged.modules())
+    torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_merge_rounds_once() -> None:
+    linear = torch.nn.Sequential(torch.nn.Linear(32, 32, bias=False)).bfloat16()
+    model = get_peft_model(linear, TinyLoraConfig(u=1, tie="none", target_modules=["0"]))
+    fill_vectors(model, 0.3)
+    layer = model.base_model.model[0]
+    exact = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
+    model.merge_adapter()
+    assert torch.equal(layer.base_layer.weight, exact.to(torch.bfloat16))
+
+
+def test_safe_merge_refuses_nan_and_leaves_the_base(tiny_llama) -> None:
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**CONFIG))
+    weight = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight.clone()
+    fill_vectors(model, float("nan"))
+    with pytest.raises(ValueError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert torch.equal(model.base_model.model.model.layers[0].self_attn.q_proj.base_layer.weight, weight)
+
+
+def test_merging_a_tied_embedding_leaves_the_output_layer(tiny_llama, tokens) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT warns of tied targets
+        model = get_peft_model(
+            tiny_llama(tie_word_embeddings=True),
+            TinyLoraConfig(u=1, tie="full", target_modules=["embed_tokens", "q_proj"]),
+        )
+        fill_vectors(model, 0.5)
+        expected = model(tokens).logits
+        merged = model.merge_and_unload()
+    torch.testing.assert_close(merged(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_moving_a_merged_model_moves_what_unmerging_puts_back(tiny_llama) -> None:
+    model = get_peft_model(tiny_llama(), TinyLoraConfig(**CONFIG))
+    model.merge_adapter()
+    model.double()
+    model.unmerge_adapter()
+    assert model.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.dtype == torch.float64
+
+
+def test_unload_gives_the_base_back(tiny_llama, tokens) -> None:
+    base = tiny_llama()
+    expected = base(tokens).logits
+    keys = list(base.state_dict())
+    model = get_peft_model(base, TinyLoraConfig(**CONFIG))
+    fill_vectors(model)
+    unloaded = model.unload()
+    assert list(unloaded.state_dict()) == keys
+    assert torch.equal(unloaded(tokens).logits, expected)

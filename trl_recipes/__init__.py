@@ -2,6 +2,7 @@
 
     grpo.py, sft.py   the recipes: parse -> data -> model -> trainer -> train -> save -> push, of
         arguments.py, problems.py              what can be set; raw rows -> {"prompt", "answer"}
+        recipe_steps.py, held_out.py           the steps that both have; scores before and after
         rewards.py                             a completion and the true answer -> 1.0 or 0.0
         methods.py, lora_xs.py                 what is trained: a TinyLoRA, or one of the paper's baselines
         trainer_setup.py, sharding.py          what a TRL trainer must be checked for; many processes

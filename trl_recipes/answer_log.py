@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from trl_recipes.arguments import RecipeError
 
@@ -64,35 +65,35 @@ class AnswerLog:
 
     def __init__(self, folder: Path | None, settings: dict[str, object]) -> None:
         self.answers: dict[tuple[str, str, int, int], Answer] = {}
-        self.file = None
+        self.file: BinaryIO | None = None
         if folder is None:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.file = (folder / FILE).open("a+b")
+            self.file = file = (folder / FILE).open("a+b")
         except OSError as error:
             raise RecipeError(f"output_dir: cannot write {folder / FILE}: {error.strerror}.") from error
         try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it does
         except BlockingIOError as error:
             raise RecipeError(
                 f"{folder / FILE} is being written by another score.py: wait, or name another output_dir."
             ) from error
         except OSError:  # a file system without locks
             pass
-        self._read(folder / FILE, settings)
+        self._read(file, folder / FILE, settings)
 
-    def _read(self, path: Path, settings: dict[str, object]) -> None:
+    def _read(self, file: BinaryIO, path: Path, settings: dict[str, object]) -> None:
         """Reads what is there, or begins it."""
-        self.file.seek(0)
-        data = self.file.read()
+        file.seek(0)
+        data = file.read()
         if not data.startswith(BEGINNING) and not BEGINNING.startswith(data):  # all of it, or torn
             raise RecipeError(f"{path} is no file of score.py: name another output_dir.")
         whole = data[: data.rfind(b"\n") + 1]
-        self.file.truncate(len(whole))
+        file.truncate(len(whole))
         lines = whole.decode("utf-8").splitlines()
         if not lines:
-            self._write([json.dumps({"settings": settings})])
+            write_lines(file, [json.dumps({"settings": settings})])
             return
         try:
             found = json.loads(lines[0])["settings"]
@@ -113,8 +114,10 @@ class AnswerLog:
         new = [answer for answer in answers if answer.key not in self.answers]
         self.answers |= {answer.key: answer for answer in new}
         if self.file is not None and new:
-            self._write([json.dumps(asdict(answer)) for answer in new])
+            write_lines(self.file, [json.dumps(asdict(answer)) for answer in new])
 
-    def _write(self, lines: list[str]) -> None:
-        self.file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
-        self.file.flush()
+
+def write_lines(file: BinaryIO, lines: list[str]) -> None:
+    """Writes lines that are on their way to the disk when this returns."""
+    file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
+    file.flush()

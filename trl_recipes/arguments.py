@@ -6,15 +6,18 @@ strict: an unknown key in YAML is an error. Field names are unique across all th
 """
 
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import yaml
 from transformers.utils import is_bitsandbytes_available
-from trl import ModelConfig, ScriptArguments, TrlParser
+from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
+from peft_tinylora import TinyLoraError
 from peft_tinylora.config import SAVE_DTYPES
 
 
@@ -271,12 +274,34 @@ class TinyLoraArguments:
                 raise RecipeError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(repr, SAVE_DTYPES))}.")
 
 
-def parse(classes: Sequence[type], usage: str, argv: Sequence[str] | None = None) -> tuple:
+R = TypeVar("R", bound=RecipeArguments)
+T = TypeVar("T", GRPOConfig, SFTConfig)
+
+
+class Options(NamedTuple, Generic[R, T]):
+    """All that a recipe was set to, as [`parse`] returns it."""
+
+    recipe: R
+    training: T
+    model: ModelConfig
+    mixture: DatasetMixtureConfig
+    tinylora: TinyLoraArguments
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; what the user can mend is one line on stderr, and exit code 1."""
+    try:
+        main()
+    except (RecipeError, TinyLoraError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse(classes: Iterable[type], usage: str, argv: Sequence[str] | None = None) -> tuple:
     """
     Parses YAML and command line strictly into one object of each class.
 
     Args:
-        classes (`Sequence[type]`):
+        classes (`Iterable[type]`):
             Dataclasses whose field names don't overlap.
         usage (`str`):
             One line shown with a wrong option, in place of a list of the some 300 that there are.
@@ -286,7 +311,8 @@ def parse(classes: Sequence[type], usage: str, argv: Sequence[str] | None = None
     Raises:
         RecipeError: if the file is missing or no YAML mapping, or a key or value is not accepted.
     """
-    parser = TrlParser(classes, usage=usage)
+    # transformers' type is of one dataclass and its instances; `type[Any]` is what all of them are.
+    parser = TrlParser(cast(Iterable[Any], classes), usage=usage)
     try:
         return parser.parse_args_and_config(argv)
     except RecipeError:

@@ -110,7 +110,7 @@ def fill_in_benchmark(arguments: ScoreArguments) -> None:
     Raises:
         RecipeError: if there is no such benchmark.
     """
-    benchmark = BENCHMARKS.get(arguments.benchmark)
+    benchmark = BENCHMARKS.get(str(arguments.benchmark))
     if benchmark is None:
         raise RecipeError(f"benchmark={arguments.benchmark!r}: there are {', '.join(BENCHMARKS)}.")
     if arguments.dataset is None:
@@ -136,9 +136,9 @@ def load_benchmark_rows(arguments: ScoreArguments) -> Dataset:
         RecipeError: if they cannot be loaded, with the way to read a local copy.
     """
     try:
-        rows = load_rows(arguments.dataset, arguments.dataset_config, arguments.dataset_split)
+        rows = load_rows(str(arguments.dataset), arguments.dataset_config, arguments.dataset_split)
     except RecipeError as error:
-        source = BENCHMARKS[arguments.benchmark].source
+        source = BENCHMARKS[str(arguments.benchmark)].source
         raise RecipeError(f"{error} A copy (source: {source}) is read by dataset=FILE beside benchmark.") from error
     column = arguments.answer_column
     if column not in rows.column_names or not any(isinstance(answer, list) for answer in rows[column]):

@@ -8,7 +8,9 @@ A row's reward or loss is that of the v before the step; its v is the one after 
 
 import csv
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -61,7 +63,7 @@ class CurveCallback(TrainerCallback):
         self.path = Path(path)
         self.columns = columns
         self.main = next(iter(columns.values()))
-        self.file = None
+        self.file: TextIO | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
         size = trained_numbers(kwargs["model"]).numel()  # on every process: they may have to put v together
@@ -76,11 +78,11 @@ class CurveCallback(TrainerCallback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Not in place: a run that is killed here must not lose the rows that it would have kept.
         temporary = self.path.with_name(f".{self.path.name}")
-        self.file = temporary.open("w", newline="")
-        self.writer = csv.DictWriter(self.file, ["step", *self.columns, *norm, *values])
+        self.file = file = temporary.open("w", newline="")
+        self.writer = csv.DictWriter(file, ["step", *self.columns, *norm, *values])
         self.writer.writeheader()
         self.writer.writerows(kept)
-        self.file.flush()
+        file.flush()
         os.replace(temporary, self.path)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
@@ -120,8 +122,15 @@ class ShortProgressCallback(ProgressCallback):
         super().__init__()
         self.shown = shown
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        logs = kwargs["logs"]
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs,
+    ):
+        logs = logs or {}
         main, (key, _) = next(iter(self.shown.items()))
         if self.training_bar is None or key not in logs:
             return
@@ -189,12 +198,14 @@ def draw_curve(
     )
     axes.set(xlabel="step", ylabel=column, title=title)
     axes.grid(alpha=0.3)
-    share_axes = axes if is_share else axes.twinx() if before is not None else None
-    if share_axes is not None:
+    is_scored = before is not None and after is not None
+    share_axes = axes if is_share or not is_scored else axes.twinx()
+    if is_share or is_scored:
         share_axes.set(ylabel="share correct", ylim=(0, 1.08))
     last = steps[-1] if steps else 1
+    before, after = (before, after) if before is not None and after is not None else ({}, {})
     # Greedy above its dots, sampled below: the two may be close.
-    for name, colour, above in zip(before or {}, ("tab:red", "tab:green"), (8, -16), strict=False):
+    for name, colour, above in zip(before, ("tab:red", "tab:green"), (8, -16), strict=False):
         share_axes.plot(
             [0, last], [before[name], after[name]], "o", color=colour, clip_on=False, label=f"held out, {name}"
         )

@@ -24,7 +24,7 @@ MOST_NAMED = 3  # differences in a message
 
 def step_of(checkpoint: Path) -> int:
     """The optimizer step after which a `checkpoint-N` was written."""
-    return int(NAME.fullmatch(checkpoint.name)[1])
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
@@ -150,12 +150,12 @@ def choose(wanted: str | bool | None, folder: Path) -> tuple[Path | None, list[s
     if wanted is None or str(wanted).lower() == "false":
         return None, []
     if str(wanted).lower() != "true":
-        checkpoint = Path(wanted)
+        checkpoint = Path(str(wanted))
         reason = complaint(checkpoint)
         if reason is not None:
             raise RecipeError(f"resume_from_checkpoint={str(wanted)!r}: {reason}.")
         return checkpoint, []
-    lines = []
+    lines: list[str] = []
     for checkpoint in reversed(checkpoints_in(folder)):
         reason = complaint(checkpoint)
         if reason is None:

@@ -2,10 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 def complete(
@@ -13,19 +14,21 @@ def complete(
 ) -> list[str]:
     """Lets a model complete a batch of prompts: strings, or lists of chat messages."""
     inputs = encode(tokenizer, prompts).to(model.device)
-    output = model.generate(**inputs, generation_config=config)
+    # transformers 5.23 types `generate` for a protocol that its own models miss, and PEFT's models pass it on untyped.
+    output = cast(Any, model).generate(**inputs, generation_config=config)
     new_tokens = output[:, inputs["input_ids"].shape[1] :].tolist()
     ended = [cut_at_end(tokens, config.eos_token_id) for tokens in new_tokens]
     return tokenizer.batch_decode(ended, skip_special_tokens=True)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: list) -> dict[str, torch.Tensor]:
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: list) -> BatchEncoding:
     """Tokenizes prompts as TRL does in training, padded on the left: input_ids and attention_mask (batch, tokens)."""
     if isinstance(prompts[0], str):
         return tokenizer(prompts, padding=True, return_tensors="pt", return_token_type_ids=False)
-    return tokenizer.apply_chat_template(
+    encoded = tokenizer.apply_chat_template(
         prompts, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
     )
+    return cast(BatchEncoding, encoded)  # as return_dict asks for
 
 
 def generation_config(

@@ -99,7 +99,7 @@ def update_card(arguments: ScoreArguments, result: dict, score_options: str) -> 
         return {shown_decoding(decoding, result): levels["strict"]["mean"] for decoding, levels in decodings}
 
     evaluation = Evaluation(
-        dataset=relative(arguments.dataset),
+        dataset=relative(str(arguments.dataset)),
         config=arguments.dataset_config,
         split=arguments.dataset_split,
         problems=result["problems"],
@@ -108,4 +108,4 @@ def update_card(arguments: ScoreArguments, result: dict, score_options: str) -> 
         score_options=score_options,
         table=explained(result),
     )
-    add_evaluation(Path(arguments.adapter), evaluation)
+    add_evaluation(Path(str(arguments.adapter)), evaluation)

@@ -2,19 +2,22 @@
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import cycle
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 from matplotlib import colormaps, rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as Picture  # not pyplot, which would pick a display
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 
-from trl_recipes.figure_spec import Curves, Panel, Points, SmallestUpdate
+from trl_recipes.figure_spec import Curves, FilledPanel, Points, SmallestUpdate
 from trl_recipes.figure_tables import FEWEST_SEEDS, UNTRAINED
 
 
@@ -60,13 +63,16 @@ def draw(figure: Points | SmallestUpdate | Curves, table: pd.DataFrame) -> Pictu
     Returns:
         `matplotlib.figure.Figure`: a legend name is the label of its line in each panel.
     """
-    with rc_context(STYLE):
-        panels = [None] if isinstance(figure, SmallestUpdate) else figure.filled_panels()
-        rows, columns = math.ceil(len(panels) / MOST_COLUMNS), min(len(panels), MOST_COLUMNS)
+    with rc_context(cast(Any, STYLE)):  # matplotlib's type is of a literal for each name
+        panels = [] if isinstance(figure, SmallestUpdate) else figure.filled_panels()
+        count = max(len(panels), 1)
+        rows, columns = math.ceil(count / MOST_COLUMNS), min(count, MOST_COLUMNS)
         picture = Picture(figsize=(WIDTH, HEIGHT + (rows - 1) * MORE_HEIGHT), dpi=DPI, layout="constrained")
         same_y = isinstance(figure, Points)
         grid = list(picture.subplots(rows, columns, squeeze=False, sharex=same_y, sharey=same_y).flat)
         styles = styles_of(figure, table["series"])
+        if isinstance(figure, SmallestUpdate):
+            draw_smallest_update(grid[0], table, styles)
         for number, (panel, axes) in enumerate(zip(panels, grid, strict=False)):
             if isinstance(figure, Points):
                 draw_points(axes, figure, panel, table[table["panel"] == number], styles)
@@ -74,21 +80,26 @@ def draw(figure: Points | SmallestUpdate | Curves, table: pd.DataFrame) -> Pictu
                     axes.label_outer()
                 else:
                     axes.tick_params(labelleft=True)
-            elif isinstance(figure, Curves):
-                draw_curves(axes, panel, table[table["panel"] == number], styles)
             else:
-                draw_smallest_update(axes, table, styles)
+                draw_curves(axes, panel, table[table["panel"] == number], styles)
+        for axes in grid[:count]:
             axes.grid(alpha=0.25)
-        for axes in grid[len(panels) :]:
+        for axes in grid[count:]:
             axes.set_axis_off()
         add_title_and_legend(picture, figure.title)
         picture.supxlabel(caption_of(figure, table), x=0.01, ha="left", fontsize=10, color="#444444")
     return picture
 
 
-def draw_points(axes: Axes, figure: Points, panel: Panel, rows: pd.DataFrame, styles: dict[str, dict]) -> None:
-    """Markers with a bar each, joined; the untrained model as a horizontal line, reported values dashed."""
+def by_series(rows: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of each series by its name, in the order in which they come."""
     for name, line in rows.groupby("series", sort=False):
+        yield str(name), line
+
+
+def draw_points(axes: Axes, figure: Points, panel: FilledPanel, rows: pd.DataFrame, styles: dict[str, dict]) -> None:
+    """Markers with a bar each, joined; the untrained model as a horizontal line, reported values dashed."""
+    for name, line in by_series(rows):
         if line["x"].isna().all():
             of = name.removeprefix(UNTRAINED).removeprefix(", ")
             style = {"color": styles[of]["color"], "linestyle": ":"} if of else {"color": "#555555", "linestyle": "-."}
@@ -124,9 +135,9 @@ def draw_line(
         axes.plot(x[hollow], y[hollow], label=f"_{name}, hollow", **empty)
 
 
-def draw_curves(axes: Axes, panel: Panel, rows: pd.DataFrame, styles: dict[str, dict]) -> None:
+def draw_curves(axes: Axes, panel: FilledPanel, rows: pd.DataFrame, styles: dict[str, dict]) -> None:
     """Means over seeds in a band of a standard deviation to each side."""
-    for name, line in rows.groupby("series", sort=False):
+    for name, line in by_series(rows):
         mean, deviation = line["mean"], line["standard_deviation"]
         style = {"color": styles[name]["color"], "linestyle": "--" if line["hollow"].all() else "-"}
         axes.plot(line["x"], mean, label=name, linewidth=1.8, **style)
@@ -139,7 +150,7 @@ def draw_curves(axes: Axes, panel: Panel, rows: pd.DataFrame, styles: dict[str, 
 def draw_smallest_update(axes: Axes, rows: pd.DataFrame, styles: dict[str, dict]) -> None:
     """A line for each share of the peak; an arrow up where the bar has no upper end."""
     sizes = iter(np.linspace(12, 6, rows["series"].nunique()))  # lines often meet: the later inside the earlier
-    for name, line in rows.groupby("series", sort=False):
+    for name, line in by_series(rows):
         line = line.sort_values("x")
         count, low, high = line["trained_parameters"], line["low"], line["high"]
         bars = np.array([count - low, (high - count).fillna(0)])
@@ -160,7 +171,7 @@ def styles_of(figure: Points | SmallestUpdate | Curves, names: pd.Series) -> dic
     in_order = isinstance(figure, SmallestUpdate) or any(
         one.each for panel in figure.filled_panels() for one in panel.series.values()
     )
-    colours = cycle(COLOURS)
+    colours: Iterable[str] = cycle(COLOURS)
     if in_order:
         colours = [to_hex(colour) for colour in colormaps["viridis"](np.linspace(0, LIGHTEST, len(series)))]
     return {
@@ -171,16 +182,19 @@ def styles_of(figure: Points | SmallestUpdate | Curves, names: pd.Series) -> dic
 
 def plain_log_axis(axes: Axes, which: str, values: pd.Series, base: int) -> None:
     """Makes an axis logarithmic, with ticks at the values themselves where there is room, written as plain counts."""
-    values = sorted(values.unique())
+    ticks = sorted(values.unique())
+    axis: Axis
     if which == "x":
-        axis, length = axes.xaxis, WIDTH / axes.get_gridspec().ncols - MARGIN
-        sizes = [CHARACTER * len(plain_count(value)) + GAP for value in values]
+        grid = axes.get_gridspec()
+        assert grid is not None  # as subplots are in one
+        axis, length = axes.xaxis, WIDTH / grid.ncols - MARGIN
+        sizes = [CHARACTER * len(plain_count(value)) + GAP for value in ticks]
         axes.set_xscale("log", base=base)
     else:
         axis, length = axes.yaxis, HEIGHT - 2 * MARGIN
-        sizes = [LINE_OF_TEXT] * len(values)
+        sizes = [LINE_OF_TEXT] * len(ticks)
         axes.set_yscale("log", base=base)
-    axis.set_major_locator(FixedLocator(list(with_room(values, sizes, length))))
+    axis.set_major_locator(FixedLocator(list(with_room(ticks, sizes, length))))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: plain_count(value)))
 
@@ -216,7 +230,7 @@ def plain_count(value: float) -> str:
 
 def add_title_and_legend(picture: Picture, title: str) -> None:
     """The title, and below it one legend for all panels: series, then lines that are none."""
-    entries = {}
+    entries: dict[str, Artist] = {}
     for axes in picture.axes:
         handles, labels = axes.get_legend_handles_labels()
         entries |= {label: handle for handle, label in zip(handles, labels, strict=True) if label not in entries}

@@ -149,7 +149,7 @@ def measured(runs: pd.DataFrame, path: Path) -> pd.DataFrame:
     if missing:
         raise RecipeError(f"{path}: no column {', '.join(map(repr, missing))}: was it written by sweep.py?")
     runs = runs[(runs["stage"] == "measure") & (runs["chosen"] == "True")].copy()
-    shares = [name for name in runs if name in SHARES or name.startswith("benchmark:")]
+    shares = [name for name in map(str, runs) if name in SHARES or name.startswith("benchmark:")]
     for column in [*(name for name in NUMBERS if name in runs), *shares]:
         runs[column] = to_numbers(runs[column], path)
     for column in shares:
@@ -178,7 +178,8 @@ def without_repeats(runs: pd.DataFrame, what: str) -> pd.DataFrame:
         RecipeError: if two points of one sweep are the same configuration.
     """
     points = runs.drop_duplicates(["sweep", "point"])
-    first, repeated = {}, []
+    first: dict[str, tuple[str, str]] = {}
+    repeated = []
     for _, row in points.iterrows():
         sweep, point = first.setdefault(row["configuration"], (row["sweep"], row["point"]))
         if sweep == row["sweep"] and point != row["point"]:

@@ -61,6 +61,13 @@ class Panel(Strict):
     series: dict[str, Series] | None = None
 
 
+class FilledPanel(Panel):
+    """A panel with everything that the figure gives it."""
+
+    y: str
+    series: dict[str, Series]
+
+
 class Lines(Strict):
     """
     What figures made of series have in common.
@@ -94,10 +101,10 @@ class Lines(Strict):
                     raise ValueError(f"series {name!r}: `each` and {{value}} in the name go together")
         return self
 
-    def filled_panels(self) -> list[Panel]:
+    def filled_panels(self) -> list[FilledPanel]:
         """The panels with everything that the figure gives them."""
         return [
-            Panel(
+            FilledPanel(
                 title=panel.title,
                 y=panel.y or self.y,
                 y_label=panel.y_label or (None if panel.y else self.y_label),

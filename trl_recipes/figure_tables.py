@@ -11,7 +11,7 @@ import pandas as pd
 
 from trl_recipes.arguments import RecipeError
 from trl_recipes.figure_results import Results, comparable
-from trl_recipes.figure_spec import Curves, Panel, Points, Series, SmallestUpdate
+from trl_recipes.figure_spec import Curves, FilledPanel, Points, Series, SmallestUpdate
 
 
 FEWEST_SEEDS = 3
@@ -69,7 +69,7 @@ def curves_table(figure: Curves, results: Results) -> pd.DataFrame:
         for name, runs in expanded(panel, results).items():
             points = list(runs.groupby(["sweep", "point"], sort=False))
             if len(points) > 1:
-                names = ", ".join("/".join(key) for key, _ in points)
+                names = ", ".join("/".join(map(str, key)) for key, _ in points)
                 raise RecipeError(f"series {name!r} has {len(points)} points ({names}), and a curve is of one.")
             curves = [results.curve(folder, panel.y) for folder in runs["folder"]]
             means = [curve.rolling(figure.moving_mean, min_periods=1).mean() for curve in curves]
@@ -106,7 +106,7 @@ def smallest_update_table(figure: SmallestUpdate, results: Results) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
-def expanded(panel: Panel, results: Results) -> dict[str, pd.DataFrame]:
+def expanded(panel: FilledPanel, results: Results) -> dict[str, pd.DataFrame]:
     """Returns the runs of each line of a panel by its name, those of `each` apart."""
     lines = {}
     for name, series in panel.series.items():
@@ -120,6 +120,7 @@ def expanded(panel: Panel, results: Results) -> dict[str, pd.DataFrame]:
 
 def split(runs: pd.DataFrame, series: Series, results: Results) -> list[tuple[str, pd.DataFrame]]:
     """Splits runs by the value of `series.each`, numbers in ascending order, then text."""
+    assert series.each is not None
     for sweep in series.sweeps:
         results.column(results.of(sweep), series.each, sweep)
     keys = runs[series.each].map(comparable)

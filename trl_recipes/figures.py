@@ -21,7 +21,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 import pandas as pd  # noqa: E402
 from matplotlib.figure import Figure as Picture  # noqa: E402
 
-from trl_recipes.arguments import RecipeError  # noqa: E402
+from trl_recipes.arguments import RecipeError, run_script  # noqa: E402
 from trl_recipes.figure_drawing import draw  # noqa: E402
 from trl_recipes.figure_results import Results  # noqa: E402
 from trl_recipes.figure_spec import read_figures  # noqa: E402
@@ -79,7 +79,4 @@ def save(picture: Picture, table: pd.DataFrame, folder: Path, name: str) -> None
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except RecipeError as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

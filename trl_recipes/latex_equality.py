@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 
 WORKER = Path(__file__).with_name("latex_worker.py")
@@ -38,7 +39,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.process: subprocess.Popen | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.owner = -1
         self.asked = 0
 
@@ -49,8 +50,9 @@ class _Worker:
                     if self.process is None or self.owner != os.getpid() or self.process.poll() is not None:
                         self.start()
                     self.asked += 1
-                    self.process.stdin.write(json.dumps([self.asked, found, gold]).encode() + b"\n")
-                    self.process.stdin.flush()
+                    write, _ = self.pipes()
+                    write.write(json.dumps([self.asked, found, gold]).encode() + b"\n")
+                    write.flush()
                     number, verdict = self.read(ANSWER_SECONDS)
                     if number == self.asked:
                         return verdict
@@ -80,14 +82,20 @@ class _Worker:
         )
         self.read(START_SECONDS)
 
+    def pipes(self) -> tuple[IO[bytes], IO[bytes]]:
+        """What it reads from, and what it writes to."""
+        assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
+        return self.process.stdin, self.process.stdout
+
     def read(self, seconds: float) -> tuple[int, bool]:
         """The next line: there is never more than one."""
         line, deadline = b"", time.monotonic() + seconds
+        _, answers = self.pipes()
         while not line.endswith(b"\n"):
-            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, deadline - time.monotonic()))
+            ready, _, _ = select.select([answers], [], [], max(0.0, deadline - time.monotonic()))
             if not ready:
                 raise TimeoutError
-            part = os.read(self.process.stdout.fileno(), 4096)
+            part = os.read(answers.fileno(), 4096)
             if not part:
                 raise EOFError
             line += part
@@ -95,17 +103,18 @@ class _Worker:
 
     def stop(self) -> int:
         """Ends it, if it has not ended, and returns its status; 0 or more where it ended of itself."""
-        process, self.process = self.process, None
-        if process is None:
+        if self.process is None:
             return -signal.SIGKILL
+        write, answers = self.pipes()
+        process, self.process = self.process, None
         try:
             status = process.wait(1)  # one that was ended closes its pipes first
         except subprocess.TimeoutExpired:
             process.kill()
             status = process.wait()
-        process.stdout.close()
+        answers.close()
         try:
-            process.stdin.close()
+            write.close()
         except BrokenPipeError:
             pass
         return status

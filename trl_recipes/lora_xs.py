@@ -12,7 +12,7 @@ has the signs that it began with.
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
@@ -34,6 +34,7 @@ class FrozenFactor(nn.Module):
 
     def __init__(self, A: torch.Tensor) -> None:
         super().__init__()
+        self.weight: torch.Tensor
         self.register_buffer("weight", A)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -50,6 +51,7 @@ class MixedFactor(nn.Module):
 
     def __init__(self, US: torch.Tensor) -> None:
         super().__init__()
+        self.US: torch.Tensor
         self.register_buffer("US", US)
         self.R = nn.Parameter(US.new_zeros(US.shape[1], US.shape[1]))
 
@@ -76,6 +78,7 @@ def install(model: PeftModel) -> None:
         UnsupportedModuleError: if no singular vectors can be taken from a weight; names the module.
     """
     base, config = model.get_base_model(), model.peft_config[ADAPTER]
+    assert isinstance(config, LoraConfig)
     layers = lora_layers(model)
     for name, layer in layers.items():
         if ADAPTER not in layer.lora_B:
@@ -88,7 +91,7 @@ def install(model: PeftModel) -> None:
     bases = build_bases(requests, source, sigma="left", canonical=True)
     for name, layer in layers.items():
         training = layer.lora_B[ADAPTER].training
-        device = layer.lora_B[ADAPTER].weight.device
+        device = layer.lora_B[ADAPTER].get_parameter("weight").device
         layer.lora_A[ADAPTER] = FrozenFactor(bases[name].A.to(device, torch.float32)).train(training)
         layer.lora_B[ADAPTER] = MixedFactor(bases[name].B.to(device, torch.float32)).train(training)
 
@@ -96,8 +99,9 @@ def install(model: PeftModel) -> None:
 def fold(model: PeftModel) -> None:
     """Turns a trained LoRA-XS into the LoRA that it is, in place: lora_A = V^T, lora_B = U S R, rounded once to fp32."""
     for layer in lora_layers(model).values():
-        A, B = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER]
-        layer.lora_A[ADAPTER] = linear(A)
+        A, B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+        assert isinstance(A, FrozenFactor) and isinstance(B, MixedFactor)
+        layer.lora_A[ADAPTER] = linear(A.weight)
         layer.lora_B[ADAPTER] = linear((B.US.double() @ B.R.detach().double()).to(B.R.dtype))
 
 

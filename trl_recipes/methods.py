@@ -21,10 +21,11 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 from trl import ModelConfig, get_peft_config
 
+from peft_tinylora import TinyLoraConfig
 from peft_tinylora.adapter_files import ADAPTER_FILES, WEIGHTS_FILE
 from peft_tinylora.card import FACTS_FILE
 from peft_tinylora.hub import REPORT_FILES
@@ -32,6 +33,7 @@ from peft_tinylora.targets import find_targets
 from peft_tinylora.weight import keep_differentiable
 from trl_recipes import lora_xs
 from trl_recipes.arguments import (
+    GRPOArguments,
     RecipeArguments,
     RecipeError,
     TinyLoraArguments,
@@ -39,7 +41,7 @@ from trl_recipes.arguments import (
 )
 from trl_recipes.problems import first_line
 from trl_recipes.sharding import is_sharded, refuse_mixed_precision_where_sharded
-from trl_recipes.trainer_setup import keep_vector_in_fp32, round_vector, save_adapter, tinylora_config
+from trl_recipes.trainer_setup import keep_vector_in_fp32, model_of, round_vector, save_adapter, tinylora_config
 
 
 MODEL_WEIGHTS = "model*.safetensors*"  # one file, or several and their index
@@ -59,7 +61,7 @@ def refuse_unread_options(
             f"push_to_hub with method: {method}: this recipe publishes TinyLoRA adapters only, with their card: leave it "
             "out, and upload output_dir by `hf upload REPOSITORY FOLDER` afterwards."
         )
-    if getattr(recipe_args, "rollout", "transformers") != "transformers":
+    if isinstance(recipe_args, GRPOArguments) and recipe_args.rollout != "transformers":
         raise RecipeError(
             f"rollout: {recipe_args.rollout} with method: {method}: requests to vLLM carry the numbers of a TinyLoRA: "
             "leave it out, or use TRL's own vLLM by use_vllm: true."
@@ -111,6 +113,7 @@ def peft_config_of(
     """
     if method == "full":
         return None
+    config: TinyLoraConfig | LoraConfig
     if method == "tinylora":
         config = tinylora_config(tinylora_args, model_args.model_revision)
     else:
@@ -123,7 +126,7 @@ def peft_config_of(
     return config
 
 
-def lora_config(method: str, model_args: ModelConfig) -> PeftConfig:
+def lora_config(method: str, model_args: ModelConfig) -> LoraConfig:
     """
     Builds the config of a LoRA from TRL's options, for `"lora"` and for `"lora-xs"`, which has no scale.
 
@@ -132,14 +135,13 @@ def lora_config(method: str, model_args: ModelConfig) -> PeftConfig:
     """
     targets = model_args.lora_target_modules
     if targets is None and model_args.lora_target_parameters is None:
-        targets = "all-linear"
-    options = {"use_peft": True, "lora_target_modules": targets}
-    if method == "lora-xs":
-        options["lora_alpha"] = model_args.lora_r
+        targets = ["all-linear"]  # ModelConfig makes one of a list of one
+    alpha = model_args.lora_r if method == "lora-xs" else model_args.lora_alpha
     try:
-        config = get_peft_config(replace(model_args, **options))
+        config = get_peft_config(replace(model_args, use_peft=True, lora_target_modules=targets, lora_alpha=alpha))
     except ValueError as error:
         raise RecipeError(first_line(error)) from error
+    assert isinstance(config, LoraConfig)  # and not None, as use_peft is set
     config.revision = None if model_args.model_revision == "main" else model_args.model_revision  # TRL's default
     return config
 
@@ -169,18 +171,20 @@ def prepare(trainer: Trainer, method: str, tinylora_dtype: str) -> None:
         )
     if method == "full":
         return
+    model = model_of(trainer)
     if method == "tinylora":
         refuse_mixed_precision_where_sharded(trainer)
     keep_vector_in_fp32(trainer)
-    keep_differentiable(trainer.model)
+    keep_differentiable(model)
     if method == "lora-xs":
         if is_sharded(trainer):
             raise RecipeError(
                 "method: lora-xs with FSDP2 or DeepSpeed, which would shard its factors: start it with DDP."
             )
-        lora_xs.install(trainer.model)
+        assert isinstance(model, PeftModel)
+        lora_xs.install(model)
     if method == "tinylora" and tinylora_dtype != "float32":
-        for name, parameter in trainer.model.named_parameters():
+        for name, parameter in model.named_parameters():
             if parameter.requires_grad and "tinylora_v" in name:
                 parameter.data = parameter.data.to(getattr(torch, tinylora_dtype))
 
@@ -198,6 +202,8 @@ def without_adapter(model: PreTrainedModel | PeftModel) -> AbstractContextManage
 
 def finish(model: PreTrainedModel | PeftModel, method: str, tinylora_save_dtype: str) -> None:
     """Brings a trained model, not wrapped by a trainer, into the form in which it is saved and scored."""
+    if not isinstance(model, PeftModel):
+        return
     if method == "tinylora":
         round_vector(model, tinylora_save_dtype)
     if method == "lora-xs":

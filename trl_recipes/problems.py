@@ -96,7 +96,7 @@ def load_train_and_held_out(
     split = recipe_args.dataset_test_split
     if recipe_args.eval_dataset_name is not None:
         held_out = load_rows(recipe_args.eval_dataset_name, split=split)
-    elif not mixture_args.datasets and Path(name).suffix not in FILE_FORMATS:
+    elif name is not None and not mixture_args.datasets and Path(name).suffix not in FILE_FORMATS:
         # A split that was named must be there; the default one may be missing, as many datasets have no test split.
         if split != RecipeArguments.dataset_test_split or split in get_dataset_split_names(name, config):
             held_out = load_rows(name, config, split)
@@ -108,8 +108,8 @@ def load_train_and_held_out(
 def dataset_names(recipe_args: RecipeArguments, mixture_args: DatasetMixtureConfig) -> list[str]:
     """Returns the ids and files that are trained on, for the card."""
     if not mixture_args.datasets:
-        return [recipe_args.dataset_name]
-    names = []
+        return [str(recipe_args.dataset_name)]
+    names: list[str] = []
     for part in mixture_args.datasets:
         files = part.data_files or part.path
         names += [files] if isinstance(files, str) else files.values() if isinstance(files, dict) else files

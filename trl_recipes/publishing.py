@@ -5,19 +5,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-from transformers import TrainingArguments
-from trl import ModelConfig
+from accelerate import PartialState
+from transformers.trainer_utils import HubStrategy
+from trl import GRPOConfig, ModelConfig, SFTConfig
 
 from peft_tinylora import TinyLoraError
 from peft_tinylora.card import Evaluation
-from peft_tinylora.hub import Pushed, push
+from peft_tinylora.hub import Pushed, check_access, push
 from peft_tinylora.published import published
 from trl_recipes.arguments import RecipeArguments, RecipeError
 
 
 @dataclass(frozen=True)
 class HubOptions:
-    """Where a finished adapter is pushed to: the arguments of [`peft_tinylora.hub.push`]."""
+    """Where a finished adapter is pushed to: the arguments of [`peft_tinylora.hub.push`], with the repository's full id on
+    the main process, which pushes."""
 
     repository: str
     revision: str | None
@@ -27,31 +29,39 @@ class HubOptions:
 
 
 def take_hub_options(
-    recipe_args: RecipeArguments, training_args: TrainingArguments, model_args: ModelConfig
+    recipe_args: RecipeArguments, training_args: GRPOConfig | SFTConfig, model_args: ModelConfig
 ) -> HubOptions | None:
     """
-    Takes the options of pushing away from the trainer, which would push whatever lies in `output_dir`, time and again.
+    Takes the options of pushing away from the trainer, which would push whatever lies in `output_dir`, time and again; makes
+    the repository if there is none.
 
     Returns:
         [`HubOptions`], or `None` without `push_to_hub`.
 
     Raises:
         RecipeError: if checkpoints are asked for too, or nobody else has the base model.
+        ConfigError: if it is no place for an adapter.
+        HubError: if the token may not write to it, or the Hub cannot be reached.
     """
     if not training_args.push_to_hub:
         return None
-    if training_args.hub_strategy.value in ("checkpoint", "all_checkpoints"):
+    if HubStrategy(training_args.hub_strategy).value in ("checkpoint", "all_checkpoints"):
         raise RecipeError(
-            f"hub_strategy={training_args.hub_strategy.value!r}: this recipe pushes the finished adapter, once: leave it out."
+            f"hub_strategy={HubStrategy(training_args.hub_strategy).value!r}: this recipe pushes the finished adapter, once: leave it out."
         )
-    base = recipe_args.hub_base_model or model_args.model_name_or_path
+    base = recipe_args.hub_base_model or str(model_args.model_name_or_path)
     if recipe_args.hub_base_model is None and Path(str(model_args.model_name_or_path)).exists():
         raise RecipeError(
             f"push_to_hub with model_name_or_path={model_args.model_name_or_path!r}, a folder of this machine: name the "
             "base model's id on the Hub by hub_base_model, or leave push_to_hub out."
         )
+    repository = training_args.hub_model_id or Path(str(training_args.output_dir)).name
+    if PartialState().is_main_process:
+        repository = check_access(
+            repository, private=training_args.hub_private_repo, token=training_args.hub_token
+        )  # now, not after hours
     options = HubOptions(
-        repository=training_args.hub_model_id or Path(training_args.output_dir).name,
+        repository=repository,
         revision=training_args.hub_revision,
         private=training_args.hub_private_repo,
         token=training_args.hub_token,
@@ -120,23 +130,23 @@ def evaluation_of(
     )
 
 
-def push_result(output_dir: Path, repository: str, hub: HubOptions) -> tuple[Pushed | None, TinyLoraError | None]:
+def push_result(output_dir: Path, hub: HubOptions) -> tuple[Pushed | None, TinyLoraError | None]:
     """
     Pushes a finished adapter.
 
     Args:
         output_dir (`Path`):
             The adapter's folder.
-        repository (`str`):
-            The full id, from [`peft_tinylora.hub.check_access`].
         hub ([`HubOptions`]):
-            The rest of where to.
+            Where to.
 
     Returns:
         What was pushed, or why it was not: then the run has its result to print before it says so and fails.
     """
     try:
-        done = push(output_dir, repository, revision=hub.revision, private=hub.private, token=hub.token, base=hub.base)
+        done = push(
+            output_dir, hub.repository, revision=hub.revision, private=hub.private, token=hub.token, base=hub.base
+        )
     except TinyLoraError as error:
         return None, error
     print(f"pushed {', '.join(done.files)}: {done.url}")

@@ -60,7 +60,7 @@ CHANGES_AFTER = re.compile(
 )
 TIME = re.compile(r"^(\d{1,2}):(\d{2})(?::(\d{2}))?\s*(?:([ap])\.?\s?m\.?)?$", re.IGNORECASE)
 # unit -> (what it measures, how many of the smallest)
-UNITS = {
+UNITS: dict[str, tuple[str, Fraction | int]] = {
     **dict.fromkeys(("mm", "millimeter", "millimetre"), ("length", 1)),
     **dict.fromkeys(("cm", "centimeter", "centimetre"), ("length", 10)),
     **dict.fromkeys(("m", "meter", "metre"), ("length", 1000)),
@@ -242,8 +242,9 @@ def is_unit(rest: str) -> bool:
 
 def unit_of(rest: str) -> tuple[str, Fraction] | None:
     """Returns what a unit measures, and how many of the smallest it is; None for "apples" and what else has no kind."""
-    parts = [simple_unit(part) for part in PER.split(rest.strip())]
-    if len(parts) > 2 or None in parts:
+    known = [simple_unit(part) for part in PER.split(rest.strip())]
+    parts = [part for part in known if part is not None]
+    if len(parts) > 2 or len(parts) < len(known):
         return None
     kind, size = parts[0]
     return (kind, size) if len(parts) == 1 else (f"{kind} per {parts[1][0]}", size / parts[1][1])
@@ -266,4 +267,4 @@ def simple_unit(rest: str) -> tuple[str, Fraction] | None:
     if squared is not None:
         power = int((squared[2] or squared[3] or "1").replace("²", "2").replace("³", "3"))
         power = 2 if name.startswith("sq") else power
-    return (kind, Fraction(size)) if power == 1 else (f"{kind}^{power}", Fraction(size) ** power)
+    return (kind, Fraction(size)) if power == 1 else (f"{kind}^{power}", Fraction(size**power))

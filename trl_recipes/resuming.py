@@ -13,14 +13,25 @@ place; tests/recipes/test_resume.py shows each with their own trainers:
 import hashlib
 import json
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import TrainOutput
+from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
 from peft_tinylora import TinyLoraError
 from trl_recipes.arguments import RecipeError
@@ -34,28 +45,24 @@ IMMATERIAL = (
     *("output_dir", "run_name", "report_to", "project", "trackio", "logging_", "log_", "num_completions_to_print"),
     *("save_", "hub_", "push_to_hub", "resume_from_checkpoint", "disable_tqdm", "dataloader_", "vllm_server", "ddp_"),
 )
-T = TypeVar("T", bound=Trainer)
 
 
-def resumable(trainer_class: type[T]) -> type[T]:
-    """Returns a trainer's class with [`ResumableMixin`]."""
-    return type(f"Resumable{trainer_class.__name__}", (ResumableMixin, trainer_class), {})
-
-
-class ResumableMixin:
+class ResumableTrainer(Trainer):
     """
-    For a [`~transformers.Trainer`], before it among the bases: checkpoints that are whole and hold all that it needs.
+    A [`~transformers.Trainer`] whose checkpoints are whole and hold all that it needs; TRL's get it as their first base.
 
     `_save_checkpoint` and `_get_output_dir` are not public; there is no other place between the last file of a checkpoint
     and the deletion of older ones, and TRL's trainers override the first too.
     """
 
+    model: PreTrainedModel | PeftModel  # Trainer's own type allows none
+    _metrics: dict[str, defaultdict[Any, list[Any]]]  # of TRL's trainers: what was not logged yet
     _saves_unfinished = False
     _resumes_from: Path | None = None
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self._order = DataOrder()
+        self.order = DataOrder()
         self.recipe_settings: dict[str, Any] = {}  # what the recipe was set to beside `args`; compared as they are
         self.add_callback(BetweenSteps(self))
 
@@ -78,7 +85,7 @@ class ResumableMixin:
                 "enable_jit_checkpoint: true: it saves in the middle of a step, from which a run cannot go on to the bit, "
                 "and ends training as if it were finished: leave it out, and set save_steps."
             )
-        folder = Path(args.output_dir)
+        folder = Path(str(args.output_dir))
         if args.should_save:
             tidy(folder)
         self.accelerator.wait_for_everyone()
@@ -107,14 +114,19 @@ class ResumableMixin:
         self.accelerator.print(f"resuming from {checkpoint}" + (f", another run's: {other}" if other else ""))
         return checkpoint
 
-    def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As [`~transformers.Trainer.train`], from what [`checkpoint_to_resume`] returned."""
-        self._resumes_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         checkpoint = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
+        self._resumes_from = None if checkpoint is None else Path(checkpoint)
         try:
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            return super().train(checkpoint, *args, **kwargs)
         except TinyLoraError as error:  # another base, another quantization of it
             raise RecipeError(f"{checkpoint}: {error}" if checkpoint else str(error)) from error
+
+    def restore(self) -> None:
+        """Gets back what was held at the checkpoint that [`train`] goes on from; [`BetweenSteps`] calls it."""
+        if self._resumes_from is not None:
+            self._restore_between_steps(self._load_between_steps(self._resumes_from))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """As Trainer's; nothing after the last step."""
@@ -156,31 +168,29 @@ class ResumableMixin:
     def _between_steps(self) -> dict[str, Any]:
         """What the trainer holds from step to step, of tensors, numbers and strings in lists and dictionaries."""
         held = {name: getattr(self, name) for name in SUMS if hasattr(self, name)}
-        held["order"] = self._order.state(is_at_end=float(self.state.epoch).is_integer())
-        if hasattr(self, "_metrics"):
-            held["metrics"] = {mode: dict(values) for mode, values in self._metrics.items()}
-        if hasattr(self, "_buffered_inputs"):
-            is_used_up = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
-            held |= {"step": self._step, "completions": None if is_used_up else self._buffered_inputs}
+        held["order"] = self.order.state(is_at_end=float(self.state.epoch or 0.0).is_integer())
+        held["metrics"] = {mode: dict(values) for mode, values in self._metrics.items()}
         return held
 
-    def _restore_between_steps(self) -> None:
+    def _load_between_steps(self, checkpoint: Path) -> dict[str, Any]:
         device = self.args.device if self.args.device.type != "cpu" else "cpu"  # torch does not know cpu:0 here
-        held = torch.load(self._resumes_from / self._between_steps_file(), map_location=device, weights_only=True)
+        return torch.load(checkpoint / self._between_steps_file(), map_location=device, weights_only=True)
+
+    def _restore_between_steps(self, held: Mapping[str, Any]) -> None:
         for name in SUMS:
             if name in held:
                 setattr(self, name, held[name])
-        self._order.restore(held["order"])
-        for mode, values in held.get("metrics", {}).items():
+        self.order.restore(held["order"])
+        for mode, values in held["metrics"].items():
             self._metrics[mode].update(values)
-        if "step" in held:
-            self._step, self._buffered_inputs = held["step"], held["completions"]
 
     def _is_past_a_stream(self, checkpoint: Path) -> bool:
         if hasattr(self.train_dataset, "__len__"):
             return False
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
-        return state.epoch >= 1 and state.global_step < self.args.max_steps  # Trainer counts all steps into each pass
+        return (
+            state.epoch or 0.0
+        ) >= 1 and state.global_step < self.args.max_steps  # Trainer counts all steps into each pass
 
     def _check_adapter(self, checkpoint: Path, marker: Mapping[str, Mapping[str, Any]]) -> None:
         there, here = marker["adapter"], adapter_of(self)
@@ -195,25 +205,44 @@ class ResumableMixin:
             )
 
 
+class ResumableGRPOTrainer(ResumableTrainer, GRPOTrainer):
+    """TRL's GRPO, resumable: with the completions that are not used up yet."""
+
+    args: GRPOConfig
+
+    def _between_steps(self) -> dict[str, Any]:
+        assert self.args.steps_per_generation is not None  # GRPOConfig fills it in
+        is_used_up = self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+        own = {"step": self._step, "completions": None if is_used_up else self._buffered_inputs}
+        return super()._between_steps() | own
+
+    def _restore_between_steps(self, held: Mapping[str, Any]) -> None:
+        super()._restore_between_steps(held)
+        self._step, self._buffered_inputs = held["step"], held["completions"]
+
+
+class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):
+    """TRL's SFT, resumable."""
+
+
 class BetweenSteps(TrainerCallback):
     """Gives a resumed trainer back what it held; tells its [`DataOrder`] of each epoch."""
 
-    def __init__(self, trainer: ResumableMixin) -> None:
+    def __init__(self, trainer: ResumableTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        if self.trainer._resumes_from is not None:
-            self.trainer._restore_between_steps()
+        self.trainer.restore()
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs):
-        self.trainer._order.begin_epoch(int(state.epoch or 0), kwargs["train_dataloader"])
+        self.trainer.order.begin_epoch(int(state.epoch or 0), kwargs["train_dataloader"])
 
 
 class DataOrder:
     """The random states that an epoch's order of the data is drawn from."""
 
     def __init__(self) -> None:
-        self._sampler: Sampler | None = None
+        self._sampler: Any = None  # of torch, accelerate, transformers or TRL: told apart by what they have
         self._at_begin: dict[str, torch.Tensor] = {}
         self._to_restore: dict[str, torch.Tensor] | None = None
 
@@ -242,27 +271,30 @@ class DataOrder:
 
     def _now(self) -> dict[str, torch.Tensor]:
         generator = getattr(self._sampler, "generator", None)
-        has_own = generator is not None and not self._is_seeded_by_epoch()
-        return {"torch": torch.get_rng_state()} | ({"sampler": generator.get_state()} if has_own else {})
+        now = {"torch": torch.get_rng_state()}
+        if generator is not None and not self._is_seeded_by_epoch():
+            now["sampler"] = generator.get_state()
+        return now
 
 
 def innermost_sampler(loader: DataLoader) -> Sampler | None:
     """The sampler of single rows under accelerate's wrappers; `None` for a stream."""
-    batches = getattr(loader, "batch_sampler", None)
+    batches: Any = getattr(loader, "batch_sampler", None)
     while hasattr(batches, "batch_sampler"):
         batches = batches.batch_sampler
     return getattr(batches, "sampler", None)
 
 
-def settings_of(trainer: Trainer) -> dict[str, Any]:
+def settings_of(trainer: ResumableTrainer) -> dict[str, Any]:
     """What decides over the result of a run, as JSON values: training arguments, the base's name, the data's extent."""
     given = {name: value for name, value in trainer.args.to_dict().items() if not name.startswith(IMMATERIAL)}
-    data = trainer.train_dataset
+    data: Any = trainer.train_dataset
     if hasattr(data, "__len__") and len(data):
         first = hashlib.sha256(json.dumps(plain(data[0]), sort_keys=True).encode()).hexdigest()[:16]
         given |= {"training rows": len(data), "first training row (SHA-256)": first}
-    base = trainer.model.config._name_or_path
-    given |= {"base model": base, "processes": trainer.args.world_size}
+    base = trainer.model.config
+    assert isinstance(base, PreTrainedConfig)
+    given |= {"base model": base.name_or_path, "processes": trainer.args.world_size}
     return plain(given | trainer.recipe_settings)
 
 
@@ -275,14 +307,9 @@ def adapter_of(trainer: Trainer) -> dict[str, Any]:
     if not isinstance(model, PeftModel):
         return {}
     ignored = (
-        "inference_mode",
-        "base_model_name_or_path",
-        "revision",
-        "fingerprint",
-        "format_version",
-        "auto_mapping",
+        *("inference_mode", "base_model_name_or_path", "revision", "fingerprint", "format_version", "auto_mapping"),
+        *("save_dtype", "save_basis", "peft_version", "peft_tinylora_version"),
     )
-    ignored += ("save_dtype", "save_basis", "peft_version", "peft_tinylora_version")
     config = plain(model.peft_config["default"].to_dict())
     return {name: value for name, value in config.items() if name not in ignored}
 

@@ -23,7 +23,7 @@ from trl_recipes.arguments import GRPOArguments, RecipeError
 
 
 # The names and values of `trl grpo`.
-TRL_REWARDS = {
+TRL_REWARDS: dict[str, Callable] = {
     "accuracy_reward": accuracy_reward,
     "reasoning_accuracy_reward": reasoning_accuracy_reward,
     "think_format_reward": think_format_reward,
@@ -82,7 +82,7 @@ def load_rewards(arguments: GRPOArguments) -> dict[str, Callable | str]:
         RecipeError: if there is no such function.
     """
     model = arguments.reward_model_name_or_path
-    rewards = {model: model} if model else {}
+    rewards: dict[str, Callable | str] = {model: model} if model else {}
     for name in arguments.reward_funcs or []:
         module, _, function = name.rpartition(".")
         if name in TRL_REWARDS:
@@ -97,7 +97,9 @@ def load_rewards(arguments: GRPOArguments) -> dict[str, Callable | str]:
             raise RecipeError(f"reward_funcs: cannot import {name!r} from {os.getcwd()}: {error}.") from error
         except KeyError as error:
             raise RecipeError(f"reward_funcs: module {module!r} has no function {function!r}.") from error
-    return rewards or {"exact_match_reward": exact_match_reward}
+    if not rewards:
+        rewards["exact_match_reward"] = exact_match_reward
+    return rewards
 
 
 def check_rewards(

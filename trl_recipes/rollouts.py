@@ -10,8 +10,9 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from peft_tinylora.inline import InlineAdapter, inline_adapter, name_of
@@ -30,7 +31,7 @@ class Generator(Protocol):
     """Where completions come from."""
 
     def generate(
-        self, model: str, prompts: Sequence[Prompt], *, max_tokens: int, expected_model: str | None, **sampling: object
+        self, model: str, prompts: Sequence[Prompt], *, max_tokens: int, expected_model: str | None, **sampling: Any
     ) -> list[list[Completion]]:
         """Completes all prompts with the adapter that `model` says; see [`VllmServers.generate`]."""
 
@@ -66,7 +67,7 @@ class Rollouts:
         for ids in prompt_ids:
             counts[tuple(ids)] = counts.get(tuple(ids), 0) + 1
         requests = [Prompt(list(ids), n) for ids, n in counts.items()]
-        answers = self._generate(trainer, requests, trainer.max_completion_length)
+        answers = self._generate(trainer, requests, cast(int, trainer.max_completion_length))
         left = {ids: list(completions) for ids, completions in zip(counts, answers, strict=True)}
         completions = [left[tuple(ids)].pop(0) for ids in prompt_ids]
         return {
@@ -82,7 +83,7 @@ class Rollouts:
         Raises:
             RecipeError: if the adapter is refused, or the log-probabilities are not those that are sampled from.
         """
-        prompt = Prompt([trainer.processing_class.eos_token_id], 1)
+        prompt = Prompt([tokenizer_of(trainer).eos_token_id], 1)
         self._generate(trainer, [prompt], 1)
         is_plain = trainer.temperature == 1 and trainer.top_p == 1 and not trainer.top_k and not trainer.min_p
         if not (is_plain and trainer.repetition_penalty == 1):
@@ -107,7 +108,7 @@ class Rollouts:
             "top_k": trainer.top_k or -1,  # 0 and None: all tokens, which vLLM calls -1
             "min_p": trainer.min_p or 0.0,
             "repetition_penalty": trainer.repetition_penalty,
-            **(trainer.args.generation_kwargs or {}),
+            **cast(dict[str, Any], config_of(trainer).generation_kwargs or {}),
             **more,
         }
         return self._generator.generate(
@@ -117,17 +118,28 @@ class Rollouts:
 
 def tokenize(trainer: GRPOTrainer, prompts: list) -> list[list[int]]:
     """Prompts -> token ids, as TRL does it for a model of text."""
-    tokenizer = trainer.processing_class
+    tokenizer = tokenizer_of(trainer)
     if isinstance(prompts[0], str):
         return tokenizer(text=prompts)["input_ids"]
-    return tokenizer.apply_chat_template(
+    encoded = tokenizer.apply_chat_template(
         prompts,
         chat_template=trainer.chat_template,
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
-        **trainer.chat_template_kwargs,
-    )["input_ids"]
+        **cast(dict[str, Any], trainer.chat_template_kwargs),  # a string in the config only, which TRL reads as JSON
+    )
+    return cast(BatchEncoding, encoded)["input_ids"]  # as return_dict asks for
+
+
+def tokenizer_of(trainer: GRPOTrainer) -> PreTrainedTokenizerBase:
+    """The tokenizer that the recipe gave the trainer, whose type allows processors of pictures and sound."""
+    return cast(PreTrainedTokenizerBase, trainer.processing_class)
+
+
+def config_of(trainer: GRPOTrainer) -> GRPOConfig:
+    """The trainer's settings, which are TRL's: the type is Trainer's."""
+    return cast(GRPOConfig, trainer.args)
 
 
 class ColocatedVllm:
@@ -229,7 +241,7 @@ def make_rollouts(
         return Rollouts(ColocatedVllm(model_args, training_args, tinylora_args.tinylora_r))
     return Rollouts(
         VllmServers(
-            split_urls(training_args.vllm_server_base_url),
+            split_urls(str(training_args.vllm_server_base_url)),
             request_timeout=recipe_args.rollout_request_timeout,
             patience=training_args.vllm_server_timeout,
         )
@@ -282,5 +294,5 @@ def weigh_by_importance(trainer: GRPOTrainer) -> None:
     `vllm_importance_sampling_correction`, `_mode`, `_clip_max` and `_clip_min`.
     """
     trainer.use_vllm = trainer.vllm_importance_sampling_correction
-    trainer.vllm_generation = _NothingToSend()
+    trainer.vllm_generation = cast(Any, _NothingToSend())
     trainer._last_loaded_step = -1

@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -30,22 +29,18 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggin
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import torch  # noqa: E402
-from accelerate import PartialState  # noqa: E402
-from datasets import Dataset  # noqa: E402
 from peft import PeftConfig, PeftModel  # noqa: E402
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments  # noqa: E402
+from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
-from peft_tinylora import TinyLoraError  # noqa: E402
 from trl_recipes.answer_log import AnswerLog  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
     LORA_OPTIONS,
-    ProblemArguments,
-    RecipeArguments,
     RecipeError,
     parse,
     refuse_lora_options,
     refuse_quantization_options,
+    run_script,
 )
 from trl_recipes.benchmark_sets import BENCHMARKS, fill_in_benchmark, load_benchmark_rows  # noqa: E402
 from trl_recipes.evaluation import (  # noqa: E402
@@ -60,7 +55,7 @@ from trl_recipes.evaluation import (  # noqa: E402
 from trl_recipes.evaluation_report import check_card_can_be_updated, update_card, write_report  # noqa: E402
 from trl_recipes.problems import load_rows, to_problems  # noqa: E402
 from trl_recipes.rewards import exact_match_reward  # noqa: E402
-from trl_recipes.score_arguments import ScoreArguments  # noqa: E402
+from trl_recipes.score_arguments import ScoreArguments, command_options  # noqa: E402
 from trl_recipes.trainer_setup import hide_known_noise, load_tokenizer, quantization_of  # noqa: E402
 from trl_recipes.variants import (  # noqa: E402
     BASE,
@@ -74,9 +69,6 @@ from trl_recipes.variants import (  # noqa: E402
     variants_of_model,
     variants_on_servers,
 )
-
-
-DEFAULT_LENGTH = 512  # tokens of an answer at most
 
 
 @dataclass(frozen=True)
@@ -161,62 +153,6 @@ def scored(problems: list[dict], completions: list[str]) -> Score:
     return Score(sum(rewards) / len(rewards), rewards, completions)
 
 
-def score_both_ways(
-    model: PreTrainedModel | PeftModel,
-    tokenizer: PreTrainedTokenizerBase,
-    problems: Dataset | None,
-    recipe_args: RecipeArguments,
-    max_completion_length: int,
-) -> tuple[dict[str, float], str] | tuple[None, None]:
-    """Returns the share of problems solved (0 to 1), "greedy" and "sampled" at temperature 1, and the greedy answers'
-    `answers_sha256`; None and None without problems.
-    """
-    if problems is None:
-        return None, None
-    scores = {
-        decoding: score(
-            model,
-            tokenizer,
-            problems,
-            batch_size=recipe_args.score_batch_size,
-            max_completion_length=max_completion_length,
-            sampled=decoding == "sampled",
-            progress=decoding if PartialState().is_main_process else None,
-        )
-        for decoding in ("greedy", "sampled")
-    }
-    return {decoding: scored.fraction for decoding, scored in scores.items()}, scores["greedy"].answers_sha256
-
-
-def score_options(
-    recipe_args: RecipeArguments,
-    training_args: TrainingArguments,
-    model_args: ModelConfig,
-    max_completion_length: int,
-) -> str | None:
-    """Returns the options that measure the held-out accuracy of a saved adapter again; None after a mixture."""
-    dataset = recipe_args.eval_dataset_name or recipe_args.dataset_name
-    if dataset is None:  # the held-out part was split off at random
-        return None
-    options = {
-        "dataset": dataset,
-        "dataset_config": None if recipe_args.eval_dataset_name else recipe_args.dataset_config,
-        "dataset_split": recipe_args.dataset_test_split,
-        "batch_size": recipe_args.score_batch_size,
-        "max_completion_length": max_completion_length,
-        "max_problems": recipe_args.max_eval_problems,
-        "use_cpu": training_args.use_cpu,
-        "trust_remote_code": training_args.trust_remote_code,
-        "sampled": True,
-    }
-    options |= {f.name: vars(recipe_args)[f.name] for f in fields(ProblemArguments)}
-    of_training = ("model_name_or_path", "use_peft", *LORA_OPTIONS)
-    options |= {name: value for name, value in vars(model_args).items() if name not in of_training}
-    defaults = {f.name: f.default for f in (*fields(ScoreArguments), *fields(ModelConfig))}
-    given = [(name, str(value)) for name, value in options.items() if value != defaults[name]]
-    return shlex.join(part for name, value in given for part in (f"--{name}", value))
-
-
 def main() -> None:
     """Scores a model, or a saved adapter on its base beside its controls, and prints the result as JSON."""
     hide_known_noise()
@@ -231,8 +167,7 @@ def main() -> None:
         fill_in_benchmark(arguments)
     if arguments.dataset is None:
         raise RecipeError("no problems: set benchmark, or dataset to a dataset id or a JSON, JSONL or Parquet file.")
-    if arguments.max_completion_length is None:
-        arguments.max_completion_length = DEFAULT_LENGTH
+    arguments.max_completion_length = arguments.longest
     if arguments.vllm_server_base_url is not None:
         refuse_options_of_a_loaded_model(arguments, model_args)
     if model_args.model_name_or_path is None and arguments.adapter is not None:
@@ -261,7 +196,7 @@ def main() -> None:
         "adapter_sha256": digest_of_adapter(arguments.adapter),
         "basis": arguments.basis,
         "problems_sha256": digest_of(problems),
-        "max_completion_length": arguments.max_completion_length,
+        "max_completion_length": arguments.longest,
     }
     settings |= {"samples": arguments.samples, "temperature": sampling.temperature, "top_p": sampling.top_p}
     if arguments.vllm_server_base_url is None:
@@ -274,7 +209,7 @@ def main() -> None:
         del variants, model  # before the other is loaded: the memory may hold one of them
         gc.collect()
         base_args = replace(model_args, model_name_or_path=arguments.base_model, model_revision="main")
-        ask = asks_model(load_for_scoring(arguments, base_args), tokenizer, arguments.max_completion_length)
+        ask = asks_model(load_for_scoring(arguments, base_args), tokenizer, arguments.longest)
         evaluate([Variant(BASE, ask, nullcontext, arguments.batch_size)], problems, plan, log)
         names.append(BASE)
 
@@ -292,7 +227,7 @@ def main() -> None:
     }
     if arguments.sampled:
         result["sampled"] = asked["sampled"]["strict"]["mean"]
-    result |= {"max_completion_length": arguments.max_completion_length} | run
+    result |= {"max_completion_length": arguments.longest} | run
     if arguments.samples:
         result |= {name: settings[name] for name in ("samples", "temperature", "top_p", "seed") if name in settings}
     result |= summary
@@ -306,7 +241,7 @@ def main() -> None:
 def load_problems(arguments: ScoreArguments, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """Loads the problems, and says on stderr what of them may not be meant."""
     if arguments.benchmark is None:
-        rows = load_rows(arguments.dataset, arguments.dataset_config, arguments.dataset_split)
+        rows = load_rows(str(arguments.dataset), arguments.dataset_config, arguments.dataset_split)
     else:
         rows = load_benchmark_rows(arguments)
         expected = BENCHMARKS[arguments.benchmark].problems
@@ -337,19 +272,15 @@ def options_of(arguments: ScoreArguments, model_args: ModelConfig) -> str:
         left_out.append("seed")
     shown = {f.name: vars(arguments)[f.name] for f in fields(ScoreArguments) if f.name not in left_out}
     shown |= {name: value for name, value in vars(model_args).items() if name not in (*left_out, *LORA_OPTIONS)}
-    defaults = {f.name: f.default for f in (*fields(ScoreArguments), *fields(ModelConfig))}
+    defaults: dict[str, object] = {}
     if arguments.benchmark is not None:
         known = BENCHMARKS[arguments.benchmark]
         defaults |= {"question_column": known.question, "answer_column": known.answer}
         defaults |= {"prompt_template": known.prompt_template, "max_completion_length": known.max_completion_length}
         if shown["dataset"] == known.dataset:
             defaults |= {"dataset": known.dataset, "dataset_config": known.config, "dataset_split": known.split}
-    given = [(name, str(value)) for name, value in shown.items() if value != defaults[name]]
-    return shlex.join(part for name, value in given for part in (f"--{name}", value))
+    return command_options(shown, defaults)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RecipeError, TinyLoraError) as error:
-        sys.exit(f"error: {error}")
+    run_script(main)

@@ -1,8 +1,15 @@
 """What the script score.py can be told, from YAML or the command line; see arguments.py."""
 
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+
+from trl import ModelConfig
 
 from trl_recipes.arguments import ProblemArguments, RecipeError
+
+
+DEFAULT_LENGTH = 512  # tokens of an answer at most
 
 
 @dataclass
@@ -61,7 +68,7 @@ class ScoreArguments(ProblemArguments):
             "dataset, columns, prompt and longest answer, as far as they are not given."
         },
     )
-    dataset: str = field(
+    dataset: str | None = field(
         default=None,
         metadata={"help": "Problems: a dataset id or a JSON, JSONL or Parquet file. With `benchmark`: a copy of it."},
     )
@@ -118,6 +125,11 @@ class ScoreArguments(ProblemArguments):
     use_cpu: bool = field(default=False, metadata={"help": "Stay on the CPU where there is a GPU."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that a model ships with."})
 
+    @property
+    def longest(self) -> int:
+        """Most tokens in an answer: what was set, or what the benchmark says, or else 512."""
+        return DEFAULT_LENGTH if self.max_completion_length is None else self.max_completion_length
+
     def __post_init__(self):
         super().__post_init__()
         for name, least in (("samples", 0), ("batch_size", 1), ("max_problems", 1), ("max_completion_length", 1)):
@@ -129,3 +141,19 @@ class ScoreArguments(ProblemArguments):
                 f"temperature={self.temperature:g}, top_p={self.top_p:g}: a temperature is above 0 (greedy is measured "
                 "anyway), top_p above 0 and at most 1."
             )
+
+
+def command_options(values: Mapping[str, object], defaults: Mapping[str, object] | None = None) -> str:
+    """
+    Options of score.py as a command line has them, without those that have their default value.
+
+    Args:
+        values (`dict[str, object]`):
+            Value by option.
+        defaults (`dict[str, object]`, *optional*):
+            Those that are not the script's own.
+    """
+    own = {f.name: f.default for f in (*fields(ScoreArguments), *fields(ModelConfig))}
+    of_script = own | dict(defaults or {})
+    given = [(name, str(value)) for name, value in values.items() if value != of_script[name]]
+    return shlex.join(part for name, value in given for part in (f"--{name}", value))

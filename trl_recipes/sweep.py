@@ -23,7 +23,7 @@ import logging
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -37,7 +37,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at import tha
 from tqdm import tqdm  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
-from trl_recipes.arguments import METHODS, RecipeArguments, RecipeError, TinyLoraArguments, parse  # noqa: E402
+from trl_recipes.arguments import METHODS, RecipeArguments, RecipeError, TinyLoraArguments, parse, run_script  # noqa: E402
 from trl_recipes.sweep_file import CHOOSE, Run, Sweep, load_sweep  # noqa: E402
 from trl_recipes.sweep_run import Failure, Processes, read_result, score, train, write_atomically  # noqa: E402
 
@@ -136,7 +136,7 @@ def main() -> None:
 
 def numbered(sweeps: Iterable[Sweep], folder: Path) -> list[tuple[Sweep, Run | str]]:
     """Returns every run in an order that does not depend on what is done; one whose rate is not known yet says so."""
-    tasks = []
+    tasks: list[tuple[Sweep, Run | str]] = []
     for sweep in sweeps:
         tasks += [(sweep, run) for run in sweep.first_runs()]
         if sweep.choose is not None:
@@ -156,7 +156,7 @@ def known_runs(sweep: Sweep, rates: Mapping[str, float | None]) -> list[Run]:
 
 def chosen_rates(sweep: Sweep, folder: Path) -> dict[str, float | None]:
     """Returns the rate with the best mean greedy accuracy for each point whose runs are all done; the lower of equals."""
-    scores = defaultdict(lambda: defaultdict(list))
+    scores: dict[str, dict[float | None, list[float]]] = defaultdict(lambda: defaultdict(list))
     missing = set()
     for run in sweep.first_runs():
         where = folder / sweep.name / run.folder
@@ -210,7 +210,11 @@ def score_all(sweeps: Iterable[Sweep], folder: Path, arguments: SweepArguments) 
 
 
 def do_all(
-    work: list[tuple[Sweep, Run, str, Callable[[Processes], None]]], folder: Path, jobs: int, name: str, every: int
+    work: Sequence[tuple[Sweep, Run, str, Callable[[Processes], None]]],
+    folder: Path,
+    jobs: int,
+    name: str,
+    every: int,
 ) -> list[str]:
     """Does work, some at a time, writes the tables as it goes, and returns a line for each that failed."""
     failed = []
@@ -226,6 +230,7 @@ def do_all(
                 bar.write(f"FAILED {what}: {failure}")
             else:
                 result = read_result(run, folder / sweep.name / run.folder)
+                assert result is not None  # or the work was no success
                 scores = " -> ".join("?" if result[s] is None else f"{result[s]:.1%}" for s in SCORES[:2])
                 bar.write(f"{what}: {result['trained_parameters']} numbers, {scores} ({time.time() - started:.0f} s)")
                 write_results(sweep, folder)
@@ -311,8 +316,6 @@ def configuration_of(sweep: Sweep, run: Run) -> str:
 
 if __name__ == "__main__":
     try:
-        main()
-    except RecipeError as error:
-        sys.exit(f"error: {error}")
+        run_script(main)
     except KeyboardInterrupt:
         sys.exit("stopped: start the same command again to go on")

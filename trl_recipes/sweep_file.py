@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -116,7 +117,7 @@ class Sweep:
 
     def _run(self, point: str, rate: float | None, seed: int, stage: str) -> Run:
         options = {**self.config, **self.points[point]}
-        if stage == CHOOSE:
+        if stage == CHOOSE and self.choose is not None:
             options |= self.choose.options
         options |= dict.fromkeys(self.seeded, seed) | ({} if rate is None else {"learning_rate": rate})
         options.pop("output_dir", None)
@@ -176,7 +177,7 @@ def load_sweep(path: Path, root: Path) -> Sweep:
     )
 
 
-def merged(path: Path, below: tuple[Path, ...] = ()) -> dict[str, object]:
+def merged(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Reads a sweep file over the one that it extends."""
     path = path.resolve()
     if path in below:
@@ -196,7 +197,7 @@ def merged(path: Path, below: tuple[Path, ...] = ()) -> dict[str, object]:
     return base | values | {"options": options}
 
 
-def points_of(path: Path, values: Mapping[str, object]) -> dict[str, dict[str, object]]:
+def points_of(path: Path, values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Returns the points by name, from `points` or from the product of `grid`."""
     points, grid = values.get("points"), values.get("grid")
     if (points is None) == (grid is None):
@@ -233,7 +234,7 @@ def as_list(path: Path, key: str, value: object) -> list:
     return value
 
 
-def read_mapping(path: Path) -> dict[str, object]:
+def read_mapping(path: Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -9,6 +9,7 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -58,7 +59,9 @@ def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool) -> PreTrain
     return tokenizer
 
 
-def load_model(model_args: ModelConfig, trust_remote_code: bool, extra_kwargs: dict | None = None) -> PreTrainedModel:
+def load_model(
+    model_args: ModelConfig, trust_remote_code: bool, extra_kwargs: dict[str, Any] | None = None
+) -> PreTrainedModel:
     """
     Loads the base model, the same way for training and for scoring.
 
@@ -73,7 +76,8 @@ def load_model(model_args: ModelConfig, trust_remote_code: bool, extra_kwargs: d
     Raises:
         RecipeError: if there is no such model.
     """
-    kwargs = {
+    name = str(model_args.model_name_or_path)
+    kwargs: dict[str, Any] = {
         "revision": model_args.model_revision,
         "trust_remote_code": trust_remote_code,
         "dtype": model_args.dtype,
@@ -84,9 +88,9 @@ def load_model(model_args: ModelConfig, trust_remote_code: bool, extra_kwargs: d
         kwargs |= {"quantization_config": quantization_config, "device_map": {"": PartialState().device}}
     try:
         with partitioned_in(model_args.dtype):
-            return AutoModelForCausalLM.from_pretrained(model_args.model_name_or_path, **kwargs | (extra_kwargs or {}))
+            return AutoModelForCausalLM.from_pretrained(name, **kwargs | (extra_kwargs or {}))
     except (OSError, ValueError) as error:
-        raise RecipeError(f"cannot load model {model_args.model_name_or_path!r}: {first_line(error)}") from error
+        raise RecipeError(f"cannot load model {name!r}: {first_line(error)}") from error
 
 
 def quantization_of(model_args: ModelConfig) -> str:
@@ -147,6 +151,11 @@ def refuse_rounding_options(training_args: GRPOConfig) -> None:
         )
 
 
+def model_of(trainer: Trainer) -> PreTrainedModel | PeftModel:
+    """The model of one of TRL's trainers. transformers' type allows none and any module, which TRL's are not given."""
+    return cast(PreTrainedModel | PeftModel, trainer.model)
+
+
 def keep_vector_in_fp32(trainer: Trainer) -> int:
     """
     Casts the trained parameters back to fp32 where TRL cast them; call it between building the trainer and training.
@@ -154,10 +163,10 @@ def keep_vector_in_fp32(trainer: Trainer) -> int:
     Returns:
         `int`: how many parameter tensors had to be cast back.
     """
-    cast = [p for p in trainer.model.parameters() if p.requires_grad and p.dtype != torch.float32]
-    for parameter in cast:
+    rounded = [p for p in model_of(trainer).parameters() if p.requires_grad and p.dtype != torch.float32]
+    for parameter in rounded:
         parameter.data = parameter.data.float()
-    return len(cast)
+    return len(rounded)
 
 
 def trained_numbers(model: PeftModel) -> torch.Tensor:
@@ -193,6 +202,7 @@ def round_vector(model: PeftModel, save_dtype: str) -> None:
         for v in vectors:
             v.copy_(v.to(getattr(torch, save_dtype)))
     for config in model.peft_config.values():
+        assert isinstance(config, TinyLoraConfig)
         config.save_dtype = save_dtype
 
 
@@ -219,7 +229,8 @@ def save_adapter(
     temporary = output_dir / ".saving"
     trainer.save_model(str(temporary))
     if trainer.is_world_process_zero():
-        changed = is_changed(trainer.processing_class, tokenizer_of_base)
+        # TRL's trainers may be given a processor of images too; these recipes give them a tokenizer.
+        changed = is_changed(cast(PreTrainedTokenizerBase, trainer.processing_class), tokenizer_of_base)
         for name in (*REPORT_FILES, FACTS_FILE):
             if name != keep:
                 (output_dir / name).unlink(missing_ok=True)

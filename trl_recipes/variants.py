@@ -14,6 +14,7 @@ names, which is loaded after it.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
@@ -71,8 +72,10 @@ def variants_of_model(
     Raises:
         RecipeError: if the base cannot be had by switching the adapter off.
     """
-    ask = asks_model(model, tokenizer, arguments.max_completion_length)
-    states = {ADAPTER if isinstance(model, PeftModel) else MODEL: nullcontext}
+    ask = asks_model(model, tokenizer, arguments.longest)
+    states: dict[str, Callable[[], AbstractContextManager]] = {
+        ADAPTER if isinstance(model, PeftModel) else MODEL: nullcontext
+    }
     if isinstance(model, PeftModel) and arguments.controls:
         if zeroed_parameters(model):
             states[ZERO] = lambda: zeroed(model)
@@ -111,11 +114,11 @@ def variants_on_servers(
         RecipeError: if no server answers.
         TinyLoraError: if the adapter is none that a request can carry.
     """
-    servers = VllmServers(split_urls(arguments.vllm_server_base_url))
+    servers = VllmServers(split_urls(str(arguments.vllm_server_base_url)))
     if arguments.adapter is None:
         models = {MODEL: servers.base_model()}
     else:
-        base = skeleton(model_args.model_name_or_path, model_args.model_revision, arguments.trust_remote_code)
+        base = skeleton(str(model_args.model_name_or_path), model_args.model_revision, arguments.trust_remote_code)
         adapter = inline_adapter_of_folder(arguments.adapter, base)
         models = {ADAPTER: adapter.text()}
         if arguments.controls:
@@ -126,7 +129,7 @@ def variants_on_servers(
             answers = servers.generate(
                 model,
                 [Prompt(encode(tokenizer, [prompt])["input_ids"][0].tolist(), 1) for prompt in prompts],
-                max_tokens=arguments.max_completion_length,
+                max_tokens=arguments.longest,
                 expected_model=name_of(model) if model.startswith(PREFIX) else model,
                 temperature=0.0 if sampling is None else sampling.temperature,
                 top_p=1.0 if sampling is None else sampling.top_p,
@@ -143,15 +146,16 @@ def variants_on_servers(
 
 def load_for_scoring(arguments: ScoreArguments, model_args: ModelConfig) -> PreTrainedModel | PeftModel:
     """Loads the base, and the adapter onto it, on the device where it shall run."""
-    model = load_model(model_args, arguments.trust_remote_code)
+    model: PreTrainedModel | PeftModel = load_model(model_args, arguments.trust_remote_code)
     if arguments.adapter is not None:
         config = PeftConfig.from_pretrained(arguments.adapter)
         if arguments.basis is not None:
             config.basis = arguments.basis
         model = PeftModel.from_pretrained(model, arguments.adapter, config=config)
     device = "cuda" if torch.cuda.is_available() and not arguments.use_cpu else "cpu"
-    # A quantized model was put there while loading.
-    return model if model_args.load_in_4bit or model_args.load_in_8bit else model.to(device)
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):  # a quantized model was put there while loading
+        cast(torch.nn.Module, model).to(device)  # in place; transformers wraps `to` so that its type is lost
+    return model
 
 
 def refuse_options_of_a_loaded_model(arguments: ScoreArguments, model_args: ModelConfig) -> None:
@@ -187,7 +191,7 @@ def zeroed_parameters(model: PeftModel) -> list[torch.nn.Parameter]:
     """The parameters of an adapter whose zero is the base's function; none where there is no such zero."""
     config = model.peft_config[model.active_adapter]
     if isinstance(config, TinyLoraConfig):
-        names = ("tinylora_v",)
+        names: tuple[str, ...] = ("tinylora_v",)
     elif isinstance(config, LoraConfig) and not config.use_dora and config.bias == "none":
         names = ("lora_B.", "lora_embedding_B.")
     else:

@@ -126,7 +126,7 @@ class VllmServers:
                     self._settle(batch, *self._ended.get(timeout=POLL_SECONDS))
                 self._check_patience(batch)
                 bar.update(len(prompts) - batch.missing - bar.n)
-        return batch.results
+        return [batch.results[index] for index in range(len(prompts))]
 
     def base_model(self) -> str:
         """What the servers call their base model, for completions without an adapter.
@@ -253,7 +253,7 @@ class _Batch:
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self.prompts = prompts
-        self.results: list[list[Completion] | None] = [None] * len(prompts)
+        self.results: dict[int, list[Completion]] = {}
         self.missing = len(prompts)
         self.waiting = deque(range(len(prompts)))
         self.out: dict[int, list[_Attempt]] = {}

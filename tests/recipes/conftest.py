@@ -13,10 +13,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from recipes.adapters import add_adapter
 from recipes.fake_vllm import FakeServer, threads_left
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
+from peft_tinylora import TinyLoraConfig
 from trl_recipes import vllm_servers
 
 
@@ -85,6 +95,25 @@ def problem_files(tmp_path_factory) -> tuple[Path, Path]:
     for file, part in zip(files, (rows[:60], rows[60:]), strict=True):
         file.write_text("".join(json.dumps(row) + "\n" for row in part))
     return files
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny_model_dir: Path, tmp_path_factory) -> Path:
+    """The folder of a TinyLoRA of the tiny model."""
+    config = TinyLoraConfig(task_type="CAUSAL_LM", tie="tiled", n_tie=2, target_modules="all-linear")
+    return add_adapter(tiny_model_dir, config, tmp_path_factory.mktemp("adapters") / "tinylora", 1.0)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path, adapter: Path) -> PeftModel:
+    """The tiny model with that adapter."""
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), adapter)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_model_dir: Path) -> PreTrainedTokenizerBase:
+    """The tiny model's."""
+    return AutoTokenizer.from_pretrained(tiny_model_dir, padding_side="left")
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ def problems_of(arguments: ScoreArguments) -> list[dict]:
     return list(to_problems(load_benchmark_rows(arguments), arguments, has_chat_template=False))
 
 
-def test_all_that_the_paper_has_are_there() -> None:
+def test_every_benchmark_of_the_paper_is_there() -> None:
     assert list(BENCHMARKS) == NAMES == list(ROWS)
 
 
@@ -67,7 +67,7 @@ def test_the_embedded_benchmark_is_whole() -> None:
     assert problems[0]["prompt"].startswith("Problem: ") and problems[0]["answer"].isdigit()
 
 
-def test_what_is_given_wins(tmp_path: Path) -> None:
+def test_what_the_user_gives_wins_over_the_benchmark(tmp_path: Path) -> None:
     path = tmp_path / "copy.jsonl"
     path.write_text(json.dumps({"q": "Q?", "final": r"thus \boxed{5}"}) + "\n")
     given = {"question_column": "q", "answer_column": "final", "prompt_template": "{question} =", "chat": True}

@@ -165,7 +165,7 @@ def test_only_the_main_process_writes(tmp_path):
     assert not callback.path.exists()
 
 
-def test_moving_mean():
+def test_a_moving_mean_is_over_a_value_and_those_before_it():
     assert moving_mean([1.0, 2.0, 3.0, 7.0], 2) == [1.0, 1.5, 2.5, 5.0]
     assert moving_mean([1.0, 2.0, 3.0], 10) == [1.0, 1.5, 2.0]
     assert moving_mean([], 3) == []

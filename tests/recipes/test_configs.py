@@ -105,7 +105,7 @@ def test_a_tie_may_be_a_mapping_in_yaml_and_on_the_command_line(write_config):
         parse_config(path, "--tinylora_tie", "{attention}")
 
 
-def test_experts_can_be_named(write_config):
+def test_a_config_can_name_fused_expert_weights(write_config):
     config = tinylora_config(
         parse_config(write_config("tinylora_target_parameters: [mlp.experts.gate_up_proj]\n"))[-1]
     )

@@ -3,13 +3,12 @@
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support import run_python_process
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from trl_recipes.embedded import task
@@ -61,7 +60,7 @@ def one_thread():
 
 def test_new_process_gives_the_same_ids_and_logits(tmp_path, tokenizer, one_thread):
     saved = tmp_path / "probe.pt"
-    subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, str(MODEL), json.dumps(PROBE), str(saved)], check=True)
+    run_python_process(IN_A_NEW_PROCESS, MODEL, json.dumps(PROBE), saved)
     theirs = torch.load(saved)
 
     # Built here from the files themselves, without the Auto classes.
@@ -87,7 +86,7 @@ def test_token_ids_are_those_of_the_task(tokenizer):
         assert task.answer_of(tokenizer.decode(wanted)) == row["answer"]
 
 
-def test_special_tokens_and_padding(tokenizer, model):
+def test_special_tokens_are_those_of_the_model_and_padding_is_on_the_left(tokenizer, model):
     assert tokenizer.padding_side == "left"
     assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id}) == 4
     for config in (model.config, model.generation_config):
@@ -147,7 +146,7 @@ def test_files_can_be_drawn_again():
     assert task.draw_rows(random.Random("0 held_out"), "held_out", 2048) == rows_of("tuning") + rows_of("held_out")
 
 
-def test_solutions_work_out():
+def test_each_habits_solution_has_the_right_or_the_intended_wrong_answer():
     rng = random.Random(3)
     for _ in range(500):
         problem = task.draw_problem(rng, "held_out")

@@ -66,7 +66,7 @@ def test_an_unknown_model_is_named():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parts[-3]}-{path.parts[-2]}-{path.stem}")
-def test_the_figures_in_a_config(meta_models, path):
+def test_a_config_states_the_memory_and_the_parameters_that_it_has(meta_models, path):
     text = path.read_text()
     recipe = yaml.safe_load(text)
     # memory: what the comment says is what the formula gives, and the GPU that it names has room for it
@@ -138,7 +138,7 @@ def test_the_report_names_every_item_and_the_peak(capsys):
 
 
 @pytest.mark.parametrize("numbers", [64, 4096, 64 * 256 + 2, 96 * 128])
-def test_bytes_of_a_quantized_weight(numbers):
+def test_a_quantized_weight_has_the_bytes_that_bitsandbytes_gives_it(numbers):
     functional = pytest.importorskip("bitsandbytes.functional")
     packed, state = functional.quantize_4bit(torch.randn(numbers), quant_type="nf4", compress_statistics=True)
     tensors = [packed, state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]

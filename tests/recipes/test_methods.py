@@ -108,7 +108,7 @@ def loss_of_marked_answers(model: torch.nn.Module, folder: Path, rows: list[dict
         return model.eval()(input_ids=ids, labels=labels).loss.item()
 
 
-def test_it_learns(run, tiny_model_dir, problem_files):
+def test_training_makes_marked_answers_likelier_or_changes_their_loss(run, tiny_model_dir, problem_files):
     """SFT makes the marked answers likelier. So does GRPO's reward, but not for sure in four steps: there, it changes."""
     rows = [json.loads(line) for line in problem_files[0].read_text().splitlines()]
     before = loss_of_marked_answers(AutoModelForCausalLM.from_pretrained(tiny_model_dir), tiny_model_dir, rows)
@@ -131,7 +131,7 @@ def test_what_was_scored_is_what_any_program_loads(run, tiny_model_dir, problem_
     assert base.fraction == run.result["greedy_before"]
 
 
-def test_files_and_nothing_else(run):
+def test_a_run_leaves_its_files_and_nothing_else(run):
     curve = "loss" if recipe_of(run) == "sft" else "reward"
     weights = {"adapter_config.json", "adapter_model.safetensors"}
     if run.result["method"] == "full":

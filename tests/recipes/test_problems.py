@@ -28,7 +28,7 @@ def test_prompt_and_answer_go_through_and_other_columns_are_dropped():
     assert problems(rows) == [{"prompt": "2 + 2 =", "answer": "4"}]
 
 
-def test_gsm8k_columns_and_solution():
+def test_gsm8ks_columns_and_solution_become_a_prompt_and_a_bare_answer():
     assert problems([GSM8K_ROW], question_column="question") == [{"prompt": GSM8K_ROW["question"], "answer": "72"}]
 
 
@@ -83,7 +83,7 @@ def test_a_missing_column_is_named_with_those_there_are():
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.parquet"])
-def test_local_files(tmp_path, name):
+def test_json_jsonl_and_parquet_files_hold_the_same_rows_streamed_or_not(tmp_path, name):
     rows = [{"prompt": "a", "answer": "1"}, {"prompt": "b", "answer": "2"}]
     file = tmp_path / name
     if name.endswith("parquet"):
@@ -152,7 +152,7 @@ def test_the_first_so_many_held_out_problems(problem_files):
         assert len(load_train_and_held_out(arguments, NO_MIXTURE)[1]) == expected
 
 
-def test_a_folder_with_splits(tmp_path):
+def test_of_a_folder_with_splits_the_test_split_is_held_out(tmp_path):
     for split, answer in [("train", "1"), ("test", "2")]:
         (tmp_path / f"{split}.jsonl").write_text(json.dumps({"prompt": split, "answer": answer}) + "\n")
     train, held_out = load_train_and_held_out(RecipeArguments(dataset_name=str(tmp_path)), NO_MIXTURE)
@@ -168,7 +168,7 @@ def test_a_mixture_splits_off_its_held_out_part(problem_files):
     assert dataset_names(RecipeArguments(), mixture) == [str(file) for file in problem_files]
 
 
-def test_a_mixture_with_nothing_held_out(problem_files):
+def test_of_a_mixture_without_a_test_part_nothing_is_held_out(problem_files):
     mixture = DatasetMixtureConfig(datasets=[{"path": "json", "data_files": str(problem_files[0])}])
     assert load_train_and_held_out(RecipeArguments(), mixture)[1] is None
 

@@ -6,16 +6,20 @@ accelerate takes the processes for ones with GPUs; see watched.py.
 
 import importlib.util
 import json
+import socket
+import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands import launch
 from peft import PeftConfig, get_peft_model
-from recipes.runs import Run, in_new_process
+from recipes.runs import Run, in_fork, in_new_process
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,30 +52,50 @@ class WatchedRun(Run):
     processes: tuple[dict, ...] = ()
 
 
+def in_forks(of_launcher: Sequence[str], script: Sequence[str]) -> list[subprocess.CompletedProcess]:
+    """Runs a script in as many processes as accelerate would launch, with what it would tell each of them."""
+    options = launch.launch_command_parser().parse_args([*of_launcher, script[0]])
+    options = launch._validate_launch_command(options)[0]
+    if options.num_processes == 1:
+        return [in_fork(*script, more=launch.prepare_simple_launcher_cmd_env(options)[1])]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    told = launch.prepare_multi_gpu_env(options)
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(options.num_processes)}
+    ranks = [told | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(options.num_processes)]
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda rank: in_fork(*script, more=rank), ranks))
+
+
 @pytest.fixture(scope="module")
-def launch(tiny_model_dir, tmp_path_factory) -> Iterator[Callable[..., WatchedRun]]:
+def launch_recipe(tiny_model_dir, tmp_path_factory) -> Iterator[Callable[..., WatchedRun]]:
     """Runs a recipe by one of the files, options added; see watched.py for what each process leaves."""
 
-    def launch(way: str, recipe: str, *options: str) -> WatchedRun:
+    def launch_recipe(way: str, recipe: str, *options: str) -> WatchedRun:
         folder = tmp_path_factory.mktemp(f"{way}_{recipe}")
         of_launcher, device, of_recipe = ON_A_CPU[way]
-        command = [
-            *(sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *of_launcher),
-            *("--config_file", f"trl_recipes/accelerate_configs/{way}.yaml", "tests/recipes/watched.py"),
-            *(str(folder), device, f"trl_recipes/{recipe}.py"),
+        of_launcher = (*of_launcher, "--config_file", f"trl_recipes/accelerate_configs/{way}.yaml")
+        script = [
+            *("tests/recipes/watched.py", str(folder), device, f"trl_recipes/{recipe}.py"),
             *("--config", f"trl_recipes/configs/embedded_{recipe}.yaml", "--output_dir", str(folder / "out")),
             *("--model_name_or_path", str(tiny_model_dir), "--seed", "3"),
             *("--optim", "sgd", "--learning_rate", str(LEARNING_RATE), "--lr_scheduler_type", "constant"),
             *(*of_recipe, *options),
         ]
-        finished = in_new_process(*command)
-        assert finished.returncode == 0, finished.stderr
+        # One as a user starts it, and the one that is launched otherwise; the others as forks in the launcher's place.
+        if (way, recipe) == ("multi_gpu", "grpo") or way == "zero3":
+            launcher = (sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *of_launcher)
+            finished = [in_new_process(*launcher, *script)]
+        else:
+            finished = in_forks(of_launcher, script)
+        assert not any(process.returncode for process in finished), [process.stderr for process in finished]
         processes = tuple(torch.load(file) for file in sorted(folder.glob("rank_*.pt")))
-        return WatchedRun(folder / "out", command, finished.stdout, finished.stderr, processes)
+        return WatchedRun(folder / "out", script, finished[0].stdout, finished[0].stderr, processes)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
-        yield launch
+        yield launch_recipe
 
 
 @pytest.fixture(scope="module")
@@ -86,13 +110,13 @@ def solved_files(problem_files, tmp_path_factory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def sft(launch, solved_files) -> Callable[[str], WatchedRun]:
+def sft(launch_recipe, solved_files) -> Callable[[str], WatchedRun]:
     """Three steps of SFT, 30 examples each, an epoch being two; evaluated after the second."""
 
     @cache
     def sft(way: str) -> WatchedRun:
         examples = 30 if way == "cpu" else 15
-        return launch(
+        return launch_recipe(
             *(way, "sft", "--dataset_name", solved_files[0], "--eval_dataset_name", solved_files[1]),
             *("--per_device_train_batch_size", str(examples), "--max_steps", "3", "--max_completion_length", "6"),
             *("--score_batch_size", "16", "--eval_strategy", "steps", "--eval_steps", "2"),
@@ -102,12 +126,12 @@ def sft(launch, solved_files) -> Callable[[str], WatchedRun]:
 
 
 @pytest.fixture(scope="module")
-def grpo(launch, problem_files) -> Callable[[str], WatchedRun]:
+def grpo(launch_recipe, problem_files) -> Callable[[str], WatchedRun]:
     """Three steps of GRPO: three groups of eight, of which the second has completions in both processes. Saved in bf16."""
 
     @cache
     def grpo(way: str) -> WatchedRun:
-        return launch(
+        return launch_recipe(
             *(way, "grpo", "--dataset_name", str(problem_files[0]), "--temperature", str(TEMPERATURE)),
             *("--per_device_train_batch_size", "12", "--num_generations", "8", "--max_steps", "3"),
             *("--max_completion_length", "24", "--tinylora_save_dtype", "bfloat16"),

@@ -1,17 +1,15 @@
 """A run that is killed at any point and resumed ends as the one that was left alone, to the bit."""
 
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from recipes.killed_runs import Killer, exit_status, fork, torn_in
-from recipes.runs import ROOT
+from recipes.forks import exit_status, fork
+from recipes.killed_runs import Killer, torn_in
+from recipes.runs import in_fork
 from recipes.tiny_trainers import tiny_trainer
 from transformers import AutoModelForCausalLM, Trainer
 from trl import GRPOTrainer, SFTTrainer
@@ -19,12 +17,12 @@ from trl import GRPOTrainer, SFTTrainer
 from trl_recipes.arguments import RecipeError
 from trl_recipes.checkpoints import checkpoints_in, choose, complaint, tidy
 from trl_recipes.methods import finished_in
-from trl_recipes.resuming import resumable
+from trl_recipes.resuming import ResumableGRPOTrainer, ResumableSFTTrainer
 from trl_recipes.trainer_setup import trained_numbers
 
 
 pytestmark = [pytest.mark.recipe, pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")]
-ResumableGRPOTrainer, ResumableSFTTrainer = resumable(GRPOTrainer), resumable(SFTTrainer)
+STOCK = {ResumableGRPOTrainer: GRPOTrainer, ResumableSFTTrainer: SFTTrainer}
 
 
 # --- without kills: each checkpoint of a run, and what transformers and TRL make of it
@@ -40,25 +38,29 @@ def logs(trainer: Trainer) -> list[dict]:
 CASES = {
     # 8 problems, 6 to each generation, used twice: 1 generation an epoch, 6 micro-steps, of which 2 make a step
     "completions used again, epochs": (
-        GRPOTrainer,
+        ResumableGRPOTrainer,
         {"rows": 8, "max_steps": 7, "steps_per_generation": 3, "num_iterations": 2, "gradient_accumulation_steps": 2}
         | {"lr_scheduler_type": "constant"},  # so that a step too many shows
         [1, 2, 3, 4, 7],
     ),
-    "order of problems in the second epoch": (GRPOTrainer, {"rows": 4, "max_steps": 5, "logging_steps": 2}, [2, 3, 5]),
+    "order of problems in the second epoch": (
+        ResumableGRPOTrainer,
+        {"rows": 4, "max_steps": 5, "logging_steps": 2},
+        [2, 3, 5],
+    ),
     "examples shuffled, epochs": (
-        SFTTrainer,
+        ResumableSFTTrainer,
         {"rows": 44, "num_train_epochs": 2, "gradient_accumulation_steps": 2, "logging_steps": 2},
         [1, 3, 5, 6],
     ),
-    "examples streamed": (SFTTrainer, {"rows": 40, "max_steps": 4, "streaming": True}, [2]),
+    "examples streamed": (ResumableSFTTrainer, {"rows": 40, "max_steps": 4, "streaming": True}, [2]),
     "examples packed": (
-        SFTTrainer,
+        ResumableSFTTrainer,
         {"rows": 20, "packing": True, "max_length": 16, "per_device_train_batch_size": 4, "max_steps": 5},
         [1, 4],
     ),
     "examples of like length together": (
-        SFTTrainer,
+        ResumableSFTTrainer,
         {"rows": 20, "num_train_epochs": 2, "train_sampling_strategy": "group_by_length"},
         [1, 3, 4],
     ),
@@ -70,7 +72,7 @@ def whole(request, tiny_model_dir, tmp_path_factory):
     """A run left alone, with a checkpoint of each step: its class, its options, its trainer, the steps to resume from."""
     trainer_class, options, steps = CASES[request.param]
     folder = tmp_path_factory.mktemp("whole")
-    trainer = tiny_trainer(tiny_model_dir, folder, resumable(trainer_class), **options)
+    trainer = tiny_trainer(tiny_model_dir, folder, trainer_class, **options)
     trainer.train()
     assert len(checkpoints_in(folder)) == trainer.state.max_steps and not torn_in(folder)
     return trainer_class, options, trainer, steps
@@ -83,7 +85,7 @@ def test_from_each_checkpoint_the_numbers_and_the_logs_are_those_of_the_run_left
     assert trained_numbers(left_alone.model).all()
     for step in steps:
         folder = tmp_path / str(step)
-        trainer = tiny_trainer(tiny_model_dir, folder, resumable(trainer_class), **options)
+        trainer = tiny_trainer(tiny_model_dir, folder, trainer_class, **options)
         trainer.train(Path(left_alone.args.output_dir) / f"checkpoint-{step}")
         assert torch.equal(trained_numbers(trainer.model), trained_numbers(left_alone.model)), step
         assert logs(trainer) == logs(left_alone), step
@@ -101,7 +103,7 @@ def test_with_trls_own_trainer_they_are_not(whole, request, tiny_model_dir, tmp_
     """When this fails, a release has mended what resuming.py does: take it out there."""
     trainer_class, options, left_alone, _ = whole
     for step in STOCK_ENDS_ELSEWHERE[request.node.callspec.params["whole"]]:
-        trainer = tiny_trainer(tiny_model_dir, tmp_path / str(step), trainer_class, **options)
+        trainer = tiny_trainer(tiny_model_dir, tmp_path / str(step), STOCK[trainer_class], **options)
         trainer.train(resume_from_checkpoint=f"{left_alone.args.output_dir}/checkpoint-{step}")
         assert not torch.equal(trained_numbers(trainer.model), trained_numbers(left_alone.model)), step
 
@@ -287,19 +289,7 @@ def recipe_options(recipe: str, base: Path, files: tuple[Path, Path], folder: Pa
 def run_jobs(jobs: list[dict], folder: Path) -> list[dict]:
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }
-    finished = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("killed_runs.py")), str(file)],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=3000,
-    )
+    finished = in_fork(str(Path(__file__).with_name("killed_runs.py")), str(file), seconds=3000)
     assert finished.returncode == 0, finished.stderr
     return json.loads(finished.stdout.splitlines()[-1])
 

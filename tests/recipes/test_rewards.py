@@ -142,7 +142,7 @@ def test_everything_else_earns_nothing(completion, gold):
         ([], 0.0),
     ],
 )
-def test_chat_messages(completion, expected):
+def test_of_chat_messages_the_last_one_is_rewarded(completion, expected):
     assert reward(completion, "72") == expected
 
 

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from peft import PeftConfig, PeftModel, get_peft_model
-from recipes.runs import Run, in_new_process, launch_recipe, score_again
+from peft import PeftConfig, get_peft_model
+from recipes.runs import Run, check_v, launch_tiny, logged_v, score_again
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_tinylora  # noqa: F401  registers the tuner
@@ -16,22 +18,12 @@ from trl_recipes import sft
 from trl_recipes.arguments import RecipeError
 
 
-LEARNING_RATE = 0.05
 pytestmark = pytest.mark.recipe
 
 
 @pytest.fixture(scope="module")
-def launch(tiny_model_dir):
-    """Runs the recipe on the tiny model with the embedded config, options overridden."""
-
-    def launch(folder, *options: str) -> Run:
-        return launch_recipe(
-            *("sft", folder, "--model_name_or_path", str(tiny_model_dir)),
-            *("--max_steps", "2", "--learning_rate", str(LEARNING_RATE), "--per_device_train_batch_size", "32"),
-            *("--max_completion_length", "6", "--score_batch_size", "16", *options),
-        )
-
-    return launch
+def launch(tiny_model_dir) -> Callable[..., Run]:
+    return partial(launch_tiny, "sft", tiny_model_dir)
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +58,7 @@ def gradient_at_the_start(run: Run, base_folder, solved_file: str) -> torch.Tens
     return torch.cat([v.grad for v in model.tinylora_v["default"].values()])
 
 
-def test_the_last_line_is_the_result(run):
+def test_the_last_line_of_the_output_is_the_result_as_json(run):
     result = run.result
     assert set(result) == {
         *("method", "trained_parameters", "greedy_before", "greedy_after", "sampled_before", "sampled_after"),
@@ -98,7 +90,7 @@ def test_a_resumed_run_ends_where_the_whole_run_did(launch, solved_file, problem
     assert [resumed.result[key] for key in same] == [run.result[key] for key in same]
 
 
-def test_files_and_nothing_else(run):
+def test_a_run_leaves_its_files_and_nothing_else(run):
     assert {path.name for path in run.folder.iterdir()} == {
         *("adapter_config.json", "adapter_model.safetensors", "README.md", "loss_curve.csv", "loss_curve.png"),
         *("recipe.yaml", ".card.json", "checkpoint-1", "checkpoint-2"),
@@ -107,19 +99,10 @@ def test_files_and_nothing_else(run):
 
 
 def test_v_moved_and_was_saved_in_fp32(run, tiny_model_dir):
-    assert [row["step"] for row in run.curve] == ["1", "2"]
-    logged = torch.tensor([float(run.curve[-1][f"v_{i}"]) for i in range(4)])
-    assert (logged != 0).all()
-    assert logged.abs().max() <= 2 * LEARNING_RATE * 1.01  # Adam moves at most the rate a step
-    # None of these numbers fits in bf16: v was not rounded on its way.
-    assert (logged.bfloat16().float() != logged).all()
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), run.folder)
-    loaded = [p for name, p in model.named_parameters() if "tinylora_v" in name]
-    assert {p.dtype for p in loaded} == {torch.float32}
-    torch.testing.assert_close(torch.cat([p.detach().flatten() for p in loaded]), logged, rtol=1e-6, atol=0)
+    check_v(run, tiny_model_dir)
 
 
-def test_the_saved_adapter_scores_the_same_in_a_new_process(run):
+def test_the_saved_adapter_scores_the_same_in_another_process(run):
     again = score_again(run)
     assert again["greedy"] == run.result["greedy_after"]
     assert again["greedy_answers_sha256"] == run.result["greedy_answers_sha256"]
@@ -150,37 +133,16 @@ def test_the_card_says_what_was_measured(run):
     assert "`loss_curve.csv`" in card.text
 
 
-def test_gsm8k_columns_and_a_bf16_base(launch, sums, tmp_path):
-    """Worked solutions in the answer column, in mixed precision: v stays in fp32, the score is that of a new process."""
-    from datasets import Dataset
-
-    rows = [{"question": row["prompt"], "answer": f" so #### {row['answer']}"} for row in sums]
-    files = tmp_path / "train.parquet", tmp_path / "test.parquet"
-    Dataset.from_list(rows[::2]).to_parquet(files[0])
-    Dataset.from_list(rows[1::2]).to_parquet(files[1])
-    run = launch(
-        tmp_path / "out",
-        *("--dataset_name", str(files[0]), "--eval_dataset_name", str(files[1]), "--question_column", "question"),
-        *("--dtype", "bfloat16", "--bf16", "true", "--gradient_checkpointing", "true", "--tinylora_tie", "full"),
-        *("--tinylora_n_tie", "none", "--tinylora_u", "3"),
-    )
-    assert (run.result["trained_parameters"], run.result["problems"]) == (3, 50)
-    logged = torch.tensor([float(run.curve[-1][f"v_{i}"]) for i in range(3)])
-    assert (logged.bfloat16().float() != logged).all()
-    again = score_again(run)
-    assert again["greedy"] == run.result["greedy_after"]
-    assert again["sampled"] == run.result["sampled_after"]
-
-
 @pytest.mark.parametrize("quantized", ["load_in_4bit", "load_in_8bit"])
-def test_a_quantized_base(launch, solved_file, problem_files, tmp_path, quantized):
+def test_an_adapter_of_a_quantized_base_answers_the_same_on_one_quantized_anew(
+    launch, solved_file, problem_files, tmp_path, quantized
+):
     """The adapter gives the same answers on a base quantized anew, in a new process, and v was never rounded."""
     run = launch(
         *(tmp_path, "--dataset_name", solved_file, "--eval_dataset_name", str(problem_files[1])),
         *(f"--{quantized}", "true"),
     )
-    logged = torch.tensor([float(run.curve[-1][f"v_{i}"]) for i in range(4)])
-    assert (logged.bfloat16().float() != logged).all()
+    logged_v(run, 4)
     assert "MatMul8bitLt" not in run.stderr and "Warning" not in run.stderr
     again = score_again(run)
     for when, decoding in (("greedy", "greedy_after"), ("sampled", "sampled_after")):
@@ -198,7 +160,9 @@ def fail(monkeypatch, *options: str) -> str:
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-def test_mistakes_are_one_line_each(monkeypatch, tmp_path, tiny_model_dir, problem_files):
+def test_each_mistake_in_the_options_is_one_line_and_leaves_nothing(
+    monkeypatch, tmp_path, tiny_model_dir, problem_files
+):
     folder = ("--output_dir", str(tmp_path))
     model = ("--model_name_or_path", str(tiny_model_dir))
     assert "no model: set model_name_or_path" in fail(monkeypatch, *folder)
@@ -213,19 +177,3 @@ def test_mistakes_are_one_line_each(monkeypatch, tmp_path, tiny_model_dir, probl
     assert "eval_strategy needs held-out rows" in evaluated
     assert "tie='loose'" in fail(monkeypatch, *folder, *model, *files, "--tinylora_tie", "loose")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
-def test_a_finished_adapter_is_not_overwritten_unasked(monkeypatch, tmp_path, tiny_model_dir):
-    weights = tmp_path / "adapter_model.safetensors"
-    weights.write_bytes(b"finished")
-    message = fail(monkeypatch, "--output_dir", str(tmp_path), "--model_name_or_path", str(tiny_model_dir))
-    assert "already holds a finished adapter" in message and "overwrite_output_dir" in message
-    assert weights.read_bytes() == b"finished"
-
-
-def test_a_mistake_in_the_script_is_one_line_without_a_traceback(tmp_path):
-    finished = in_new_process(sys.executable, "trl_recipes/sft.py", "--config", str(tmp_path / "nowhere.yaml"))
-    assert finished.returncode == 1
-    assert finished.stdout == ""
-    assert finished.stderr.startswith("error: no config file") and len(finished.stderr.splitlines()) == 1

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from recipes.forks import exit_status, fork
 from recipes.runs import ROOT
 
 from trl_recipes import sweep as sweep_script
@@ -254,10 +255,14 @@ def test_where_nothing_is_scored_no_rate_is_chosen(root, monkeypatch) -> None:
         run_sweep(monkeypatch)
 
 
-def start_sweep(root: Path, *options: str) -> subprocess.Popen:
-    """Starts a sweep of that repository in a process of its own."""
-    command = [*SWEEP_OF_A_ROOT, str(root), "--sweeps", "sizes.yaml", "--output_dir", "out"]
-    return subprocess.Popen([*command, *options], cwd=root, env=os.environ | {"PYTHONPATH": str(ROOT)})
+def start_sweep(monkeypatch) -> int:
+    """Starts a sweep of that repository in a process of its own, and returns its id."""
+
+    def work() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background does not have
+        run_sweep(monkeypatch)
+
+    return fork(work)
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -270,10 +275,10 @@ def wait_for(condition, seconds: float = 60) -> None:
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_killed_sweep_goes_on_and_no_run_is_there_twice_at_once(root, monkeypatch, how: signal.Signals) -> None:
     write_sweep(root, options={"seconds": 1.5}, points={"1": {"u": 1}}, seeds=[0, 1])
-    process = start_sweep(root)
+    process = start_sweep(monkeypatch)
     wait_for(lambda: starts(root))
-    process.send_signal(how)
-    assert process.wait(30) != 0
+    os.kill(process, how)
+    assert exit_status(process) != 0
     if how is signal.SIGKILL:  # its child lives on, and holds the run
         with pytest.raises(RecipeError, match="1 runs failed.*seed 0: runs elsewhere at this moment"):
             run_sweep(monkeypatch)

@@ -111,7 +111,7 @@ def test_a_file_extends_another_and_wins_option_by_option(write) -> None:
         ({"extends": "nothing.yaml"}, "no file .*nothing.yaml"),
     ],
 )
-def test_a_mistake_is_named(write, values: dict, message: str) -> None:
+def test_a_mistake_in_a_sweep_file_is_refused_by_its_key(write, values: dict, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         load(write(PLAIN | values))
 

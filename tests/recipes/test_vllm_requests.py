@@ -33,7 +33,7 @@ def test_the_request_holds_what_was_asked_for(start, monkeypatch):
 
 
 @pytest.mark.parametrize("status", [401, 404, 422])
-def test_other_refusals(start, status):
+def test_a_request_that_is_refused_ends_the_call_and_names_the_status(start, status):
     server = start(faults=[(status, "No.")])
     with pytest.raises(RecipeError, match=rf"{server.url} refused a request \(HTTP {status}\): No\.") as caught:
         VllmServers([server.url]).generate(MODEL, make_prompts(1), max_tokens=8)

@@ -45,7 +45,7 @@ def test_no_prompts_need_no_server():
     assert VllmServers(["http://127.0.0.1:1"]).generate(MODEL, [], max_tokens=8) == []
 
 
-def test_two_calls_one_after_the_other(start):
+def test_a_second_call_on_the_same_servers_is_answered_as_the_first(start):
     servers = VllmServers([start().url, start().url])
     for count in (5, 7):
         prompts = make_prompts(count)
@@ -166,7 +166,7 @@ def test_a_timeout_puts_a_server_aside(start, log):
     assert f"{hanging.url} is put aside: no answer in time (ReadTimeout)." in log()[0][1]
 
 
-def test_all_servers_down(start):
+def test_where_no_server_answers_each_reason_is_named_once_patience_is_over(start):
     urls = [f"http://127.0.0.1:{refused_port()}", start(faults=[(503, "Starting.")] * 100).url]
     started = time.monotonic()
     with pytest.raises(RecipeError) as caught:
@@ -225,7 +225,15 @@ def test_answers_of_a_call_that_ended_are_not_taken_for_the_next(start):
     assert sum(servers.served.values()) == 2
 
 
-def test_an_interrupted_call_sends_nothing_more(start):
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as in a terminal: a shell starts what runs in its background without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupted_call_sends_nothing_more(start, ctrl_c):
     server = start(delay=0.2)
     servers = VllmServers([server.url], slots=2)
     interrupt = threading.Timer(0.3, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
@@ -270,7 +278,7 @@ def test_the_base_is_what_a_server_that_answers_calls_it(start):
         VllmServers([down]).base_model()
 
 
-def test_urls_of_an_option():
+def test_an_option_has_urls_separated_by_commas():
     assert split_urls("http://a:1, http://b:2/v1,") == ["http://a:1", "http://b:2/v1"]
     assert split_urls("") == []
 

@@ -45,7 +45,7 @@ def main() -> None:
         for name, g in gradients.items():
             gradient[groups[name]] += (draw_projection(1, R, seed_of_module(seed, name))[0] * g).sum()
         norms[seed] = gradient.norm().item()
-    ranked = sorted(norms, key=norms.get, reverse=True)
+    ranked = sorted(norms, key=lambda seed: norms[seed], reverse=True)
     print(f"median over {len(ranked)} seeds: {sorted(norms.values())[len(ranked) // 2]:.4f}")
     for seed in ranked[:8]:
         print(f"projection_seed {seed}: {norms[seed]:.4f}")
@@ -83,7 +83,8 @@ def reward_gradients(rows: list[dict[str, str]]) -> dict[str, torch.Tensor]:
         log_probabilities = logits.log_softmax(-1).gather(-1, chosen[..., None]).squeeze(-1)
         of_completion = (log_probabilities * (chosen != tokenizer.pad_token_id)).sum(dim=1)
         ((rewards - baseline) * of_completion).sum().div(len(rows)).backward()
-    return {name: layer.vectors("default")[0].grad.reshape(R, R) for name, layer in layers.items()}
+    gradients = {name: layer.vectors("default")[0].grad for name, layer in layers.items()}
+    return {name: gradient.reshape(R, R) for name, gradient in gradients.items() if gradient is not None}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
@@ -201,12 +202,15 @@ def accuracy(
     for i in range(0, len(rows), batch_size):
         part = rows[i : i + batch_size]
         inputs = tokenizer([heading + row["prompt"] for row in part], return_tensors="pt", padding=True)
-        output = model.generate(
+        sampling: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
+        output = cast(
+            Any, model
+        ).generate(  # transformers 5.23 types `generate` for a protocol that Llama's class misses
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=48,
             do_sample=do_sample,
-            **({"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}),
+            **sampling,
         )
         texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(task.answer_of(text) == row["answer"] for text, row in zip(texts, part, strict=True))
