@@ -6,11 +6,14 @@
 #                   download gigabytes of CUDA packages; any other machine, or one that cannot reach that index, takes
 #                   what pip's own configuration offers.
 # JOBS              runs at a time in `make figures`, 2 by default; each takes one thread
-# ARGS              more arguments for pytest in `make test`, `test-peft`, `test-backends`, `test-zero3` and `test-vllm`, or for
-#                   `make bench`, `benchmark` and `benchmark-basis`
+# VERSIONS          what `make test-versions` runs the tests with: `oldest` (pyproject.toml's lower bounds), `newest` (of
+#                   the package index) or `main` (the main branches of PEFT, TRL, transformers and accelerate)
+# ARGS              more arguments for pytest in `make test`, `test-versions`, `test-peft`, `test-backends`, `test-zero3` and
+#                   `test-vllm`, or for `make bench`, `benchmark` and `benchmark-basis`
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
+VERSIONS ?= oldest
 ARGS ?=
 JOBS ?= 2
 
@@ -19,13 +22,22 @@ VENV := .venv
 BACKENDS_VENV := .venv-backends
 ZERO3_VENV := .venv-zero3
 VLLM_VENV := .venv-vllm
+VERSIONS_VENV := .venv-$(VERSIONS)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
+
+# Shell: sets `index` to the package index to take PyTorch from, or to nothing.
+define FIND_TORCH_INDEX
+index='$(TORCH_INDEX_URL)'; \
+	if [ -z "$$index" ] && [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && $(PYTHON) -c \
+	    'import urllib.request; urllib.request.urlopen("$(CPU_INDEX_URL)/torch/", timeout=10)' 2>/dev/null; \
+	    then index='$(CPU_INDEX_URL)'; fi
+endef
 
 # Taken before anything is installed: the demo's total_seconds starts here.
 export TINYLORA_DEMO_START := $(shell date +%s)
 
-.PHONY: setup demo demo-4bit cards figures docs test test-peft test-backends test-zero3 test-vllm bench benchmark benchmark-basis quality style clean
+.PHONY: setup demo demo-4bit cards figures docs test test-versions test-peft test-backends test-zero3 test-vllm bench benchmark benchmark-basis quality style clean
 
 setup: $(STAMP)
 	@echo "setup: $(VENV) is up to date"
@@ -34,10 +46,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "setup: Python 3.11 or newer is needed, and '$(PYTHON)' is not: make setup PYTHON=python3.11"; exit 1; }
 	@test -x $(VENV)/bin/python || { echo "setup: creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
-	@index='$(TORCH_INDEX_URL)'; \
-	if [ -z "$$index" ] && [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && $(VENV)/bin/python -c \
-	    'import urllib.request; urllib.request.urlopen("$(CPU_INDEX_URL)/torch/", timeout=10)' 2>/dev/null; \
-	    then index='$(CPU_INDEX_URL)'; fi; \
+	@$(FIND_TORCH_INDEX); \
 	echo "setup: installing PyTorch from $${index:-the index that pip is configured with}"; \
 	$(PIP) install -qq $${index:+--no-deps --index-url "$$index"} -c constraints.txt torch
 	@echo "setup: installing peft-tinylora with its extras and the versions of constraints.txt (some minutes)"
@@ -93,6 +102,23 @@ docs: setup
 test: setup
 	@echo "test: the offline CPU tests, a file at a time on each core"
 	@$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+
+# Each in an environment of its own, brought up to date every time. PyTorch's index is asked beside pip's own: of one
+# release, pip prefers the CPU build. What it passed with is counted last, if all of it passed.
+VERSIONS_oldest := -c $(VERSIONS_VENV)/oldest.txt
+VERSIONS_newest := --upgrade --upgrade-strategy eager
+VERSIONS_main := --upgrade --upgrade-strategy eager $(foreach library,peft trl transformers accelerate,'$(library) \
+    @ git+https://github.com/huggingface/$(library)')
+test-versions:
+	@test -n "$(VERSIONS_$(VERSIONS))" || { echo "test-versions: VERSIONS is oldest, newest or main, not '$(VERSIONS)'"; exit 1; }
+	@test -x $(VERSIONS_VENV)/bin/python || $(PYTHON) -m venv $(VERSIONS_VENV)
+	@$(VERSIONS_VENV)/bin/python tests/bounds.py > $(VERSIONS_VENV)/oldest.txt
+	@$(FIND_TORCH_INDEX); \
+	echo "test-versions: installing the $(VERSIONS) versions into $(VERSIONS_VENV) (some minutes)"; \
+	$(VERSIONS_VENV)/bin/python -m pip --disable-pip-version-check install -qq $${index:+--extra-index-url "$$index"} \
+	    $(VERSIONS_$(VERSIONS)) -e '.[recipes,quantization,dev]'
+	@$(VERSIONS_VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+	@TINYLORA_VERSIONS=$(VERSIONS) $(VERSIONS_VENV)/bin/python -m pytest tests/test_versions.py -k passed_with_$(VERSIONS)
 
 # PEFT's own tests for its TinyLoRA, run on this one. Needs PyPI the first time.
 test-peft: setup
@@ -170,4 +196,4 @@ style: setup
 	@$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) $(BACKENDS_VENV) $(ZERO3_VENV) $(VLLM_VENV) build dist outputs .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(BACKENDS_VENV) $(ZERO3_VENV) $(VLLM_VENV) .venv-oldest .venv-newest .venv-main build dist outputs .pytest_cache .ruff_cache *.egg-info

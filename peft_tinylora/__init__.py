@@ -10,9 +10,14 @@ Method: "Learning to Reason in 13 Parameters", https://huggingface.co/papers/260
 
 __version__ = "0.1.0"
 
-from .bank import AdapterBank
-from .config import TinyLoraConfig
-from .errors import (
+from .versions import check_libraries
+
+
+check_libraries()  # before the files below import them
+
+from .bank import AdapterBank  # noqa: E402
+from .config import TinyLoraConfig  # noqa: E402
+from .errors import (  # noqa: E402
     AdapterFileError,
     BasisError,
     BasisMismatchError,
@@ -22,12 +27,12 @@ from .errors import (
     TyingError,
     UnsupportedModuleError,
 )
-from .export import export_adapter
-from .inline import inline_adapter
-from .layer import TinyLoraLayer
-from .model import TinyLoraModel
-from .plan import plan
-from .register import register, unregister
+from .export import export_adapter  # noqa: E402
+from .inline import inline_adapter  # noqa: E402
+from .layer import TinyLoraLayer  # noqa: E402
+from .model import TinyLoraModel  # noqa: E402
+from .plan import plan  # noqa: E402
+from .register import register, unregister  # noqa: E402
 
 
 __all__ = [

@@ -25,7 +25,6 @@ import peft
 import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download
-from packaging.version import Version
 from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -43,8 +42,6 @@ from .model import TinyLoraModel
 from .untrusted import check_files, check_names
 
 
-# The first version whose BaseTuner has the hooks for saving and loading that model.py overrides.
-OLDEST_PEFT = "0.21.0"
 HUB_OPTIONS = frozenset(inspect.signature(hf_hub_download).parameters)  # of which PEFT takes those of a download
 
 _MAPPED: dict[str, tuple[dict[peft.PeftType, type], type]] = {
@@ -55,17 +52,9 @@ _in_place_of: dict[str, Any] = {}
 
 
 def register() -> None:
-    """Take PEFT's TINYLORA over. Does nothing where that was done already.
-
-    Raises:
-        ImportError: if PEFT is older than this package can work with.
-    """
+    """Take PEFT's TINYLORA over. Does nothing where that was done already."""
     if _in_place_of:
         return
-    if Version(peft.__version__) < Version(OLDEST_PEFT):
-        raise ImportError(
-            f"peft_tinylora needs peft>={OLDEST_PEFT}, found {peft.__version__}. Run: pip install -U peft"
-        )
     for key, (mapping, ours) in _MAPPED.items():
         _in_place_of[key], mapping[peft.PeftType.TINYLORA] = mapping[peft.PeftType.TINYLORA], ours
     for key, (owner, name, ours) in _wrapped().items():

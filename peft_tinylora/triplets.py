@@ -102,7 +102,8 @@ def leading_triplets(W: torch.Tensor, r: int) -> Triplets:
 def exact_products() -> Iterator[None]:
     """fp32 products in fp32, whatever the user allows them elsewhere: no TF32, no autocast, no inference tensors."""
     before = torch.get_float32_matmul_precision()
-    accelerator = torch.accelerator.current_accelerator()
+    # Without one, `current_accelerator` raises in torch 2.6, and names CUDA in CUDA builds of later ones.
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):

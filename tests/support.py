@@ -10,8 +10,16 @@ import tempfile
 import textwrap
 from pathlib import Path
 
+import peft
 import torch
+from packaging.version import Version
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
+
+
+# transformers 5.24 adds, switches and deletes adapters with PEFT 0.22 only, which was not released when it was; it loads them
+# with an older one.
+TRANSFORMERS_REFUSES_PEFT = Version(peft.__version__) < Version(MIN_PEFT_VERSION)
 
 
 def make_tiny_llama(seed: int = 0, **fields: object) -> LlamaForCausalLM:

@@ -32,13 +32,5 @@ def test_registering_twice_and_giving_back() -> None:
     assert PEFT_TYPE_TO_CONFIG_MAPPING["TINYLORA"] is peft_tinylora.TinyLoraConfig
 
 
-def test_an_old_peft_is_refused_with_the_remedy(monkeypatch) -> None:
-    peft_tinylora.unregister()
-    monkeypatch.setattr(peft, "__version__", "0.20.0")
-    with pytest.raises(ImportError, match=r"needs peft>=0\.21\.0, found 0\.20\.0\. Run: pip install -U peft"):
-        peft_tinylora.register()
-    assert PEFT_TYPE_TO_CONFIG_MAPPING["TINYLORA"] is peft.TinyLoraConfig
-
-
 def test_every_public_name_exists() -> None:
     assert all(getattr(peft_tinylora, name) is not None for name in peft_tinylora.__all__)

@@ -18,6 +18,11 @@ from pathlib import Path
 # bitsandbytes, which TRL imports, warns that an optional CPU kernel is missing.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+from peft_tinylora.versions import check_libraries_of_recipes  # noqa: E402
+
+
+check_libraries_of_recipes()
+
 import pandas as pd  # noqa: E402
 from matplotlib.figure import Figure as Picture  # noqa: E402
 

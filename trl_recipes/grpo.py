@@ -27,6 +27,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggin
 # bitsandbytes warns at import that an optional CPU kernel is missing, and on 8-bit bases that inputs are cast.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+from peft_tinylora.versions import check_libraries_of_recipes  # noqa: E402
+
+
+check_libraries_of_recipes()
+
 from accelerate import PartialState  # noqa: E402
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig  # noqa: E402
 

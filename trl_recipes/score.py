@@ -28,6 +28,11 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggin
 # bitsandbytes warns at import that an optional CPU kernel is missing, and on 8-bit bases that inputs are cast.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
+from peft_tinylora.versions import check_libraries_of_recipes  # noqa: E402
+
+
+check_libraries_of_recipes()
+
 import torch  # noqa: E402
 from peft import PeftConfig, PeftModel  # noqa: E402
 from transformers import PreTrainedModel, PreTrainedTokenizerBase  # noqa: E402

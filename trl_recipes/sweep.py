@@ -34,6 +34,11 @@ from statistics import mean
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns at import that an optional CPU kernel is missing
 
+from peft_tinylora.versions import check_libraries_of_recipes  # noqa: E402
+
+
+check_libraries_of_recipes()
+
 from tqdm import tqdm  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
