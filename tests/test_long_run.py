@@ -15,11 +15,11 @@ from simulation import TOKENS, Adapter, Optimizer, Simulation
 
 # Kind of base, whether autocast goes on and off, and how far v may be from the simulation's, relative to its largest entry.
 RUNS = [
-    pytest.param("float64", False, 1e-11, id="float64"),
-    pytest.param("float32", False, 2e-5, id="float32"),
-    pytest.param("nf4", False, 2e-5, id="4-bit"),
-    pytest.param("float32", True, 0.02, id="float32-autocast"),
-    pytest.param("bfloat16", False, 0.02, id="bfloat16"),
+    pytest.param("float64", False, 2e-12, id="float64"),
+    pytest.param("float32", False, 5e-5, id="float32"),
+    pytest.param("nf4", False, 5e-5, id="4-bit"),
+    pytest.param("float32", True, 0.04, id="float32-autocast"),
+    pytest.param("bfloat16", False, 0.04, id="bfloat16"),
 ]
 
 
@@ -83,6 +83,7 @@ def test_steps_that_bfloat16_would_round_away_add_up_under_autocast(record_prope
 
 @pytest.mark.parametrize("times", [40, pytest.param(1000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "nf4"])
+@pytest.mark.filterwarnings("ignore:Merging lost", "ignore:Already following adapters")
 def test_a_thousand_merges_leave_the_bits(kind: str, times: int, tmp_path: Path) -> None:
     """One adapter, several, one upon another, a refused one, and with stochastic rounding."""
     if kind == "nf4":
@@ -98,12 +99,13 @@ def test_a_thousand_merges_leave_the_bits(kind: str, times: int, tmp_path: Path)
                 v.data.normal_(0, 10.0 ** (count % 7 - 3), generator=generator)
         names = [["one"], ["two", "three"], ["one", "two", "three"]][count % 3]
         model.merge_adapter(names, stochastic_rounding_seed=count if kind == "bfloat16" and count % 2 else None)
-        if count % 5 == 0 and "one" not in names:
-            model.merge_adapter(["one"])
-        if count % 7 == 0 and len(names) < 3:
-            run.vectors("three")[0].data.fill_(torch.nan)
+        unmerged = [name for name in run.adapters if name not in names]
+        if unmerged and count % 5 == 0:
+            model.merge_adapter(unmerged[:1])
+        elif unmerged and count % 7 == 0:
+            run.vectors(unmerged[-1])[0].data.fill_(torch.nan)
             with pytest.raises(ValueError, match="NaNs detected"):
-                model.merge_adapter([name for name in ("one", "two", "three") if name not in names], safe_merge=True)
+                model.merge_adapter(unmerged, safe_merge=True)
         changed += not torch.equal(bits_of_base(model)["conv.weight"], run.bits["conv.weight"])
         model.unmerge_adapter()
         run.check_base()
