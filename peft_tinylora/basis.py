@@ -88,8 +88,14 @@ def place_sigma(left: Basis, sigma: str) -> Basis:
     """Factors with the singular values on the left -> those with the values where `sigma` says."""
     if sigma == "left":
         return left
-    root = left.B.norm(dim=-2).sqrt()
-    return Basis(left.A * root[..., :, None], left.B / _nonzero(root)[..., None, :], left.angle)
+    root = _lengths(left.B, dim=-2).sqrt()
+    return Basis(left.A * root.mT, left.B / _nonzero(root), left.angle)
+
+
+def _lengths(vectors: torch.Tensor, dim: int) -> torch.Tensor:
+    """Norms along `dim`, which is kept, also of numbers whose squares fp32 has no room for, such as 1e-30 and 1e30."""
+    largest = _nonzero(vectors.abs().amax(dim, keepdim=True))
+    return (vectors / largest).norm(dim=dim, keepdim=True) * largest
 
 
 def _nonzero(values: torch.Tensor) -> torch.Tensor:
@@ -130,14 +136,14 @@ def residual(W: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> float:
     if W.ndim == 3:
         return max(map(residual, W, A, B))
     A, B = A.to(W), B.to(W)
-    lengths = A.norm(dim=1)
-    US = B * lengths
-    S = US.norm(dim=0)
+    lengths = _lengths(A, dim=1)
+    US = B * lengths.T
+    S = _lengths(US, dim=0)
     largest = S.max()
     if largest == 0:
         return float(W.any())
-    tiny = torch.finfo(W.dtype).tiny
-    V = A.T / lengths.clamp_min(tiny)
-    U = US / S.clamp_min(tiny)
-    errors = torch.cat([(W @ V - US).norm(dim=0), (W.T @ U - V * S).norm(dim=0), S.diff()])
-    return (errors.max() / largest).item()
+    V = A.T / _nonzero(lengths.T)
+    U = US / _nonzero(S)
+    # Divided before it is squared: see `_lengths`.
+    errors = [((W @ V - US) / largest).norm(dim=0), ((W.T @ U - V * S) / largest).norm(dim=0), S[0].diff() / largest]
+    return torch.cat(errors).max().item()

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 
 
+PIECE = 1 << 18  # entries of a weight are converted to float64 at once
+
+
 @dataclass(frozen=True)
 class Survival:
     """How much of an update was left after rounding, from sums over the entries of one weight or of many.
@@ -63,8 +66,12 @@ class MergeReport(dict[str, Survival]):
 def survival(update: torch.Tensor, survived: torch.Tensor) -> Survival:
     """Compare the exact update with what is left of it, two tensors of the same shape and dtype."""
 
+    update, survived = update.flatten(), survived.flatten()
+
     def dot(a: torch.Tensor, b: torch.Tensor) -> float:
-        return torch.sum(a * b, dtype=torch.float64).item()
+        # In float64 before they are multiplied: fp32 has no room for the square of 1e-30. In pieces, so as to copy little.
+        pieces = zip(a.split(PIECE), b.split(PIECE), strict=True)
+        return sum(torch.dot(piece.double(), other.double()) for piece, other in pieces).item()
 
     error = survived - update
     return Survival(dot(update, update), dot(survived, survived), dot(update, survived), dot(error, error))

@@ -39,6 +39,7 @@ FP32_FLOOR = 6e-7
 # Relative to the largest value. Below it the vectors turn by a hundredth with the rounding of the weight itself to fp32,
 # as between two devices that dequantize it.
 LEAST_GAP = 3e-6
+FARTHEST_SCALE = 1e100  # of W's entries, or one over it: beyond, only in float64, their squares leave that too
 CHUNK_ELEMENTS = 1 << 18  # of W are converted to fp64 at once
 
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -88,6 +89,9 @@ def leading_triplets(W: torch.Tensor, r: int) -> Triplets:
     if scale == 0.0:
         zeros = W.new_zeros(r, sum(W.shape), dtype=torch.float64)
         return Triplets(zeros[:, : W.shape[0]], zeros[:, 0], zeros[:, W.shape[0] :], residual=0.0, gap=1.0)
+    if not 1 / FARTHEST_SCALE <= scale <= FARTHEST_SCALE:
+        found = leading_triplets(W / scale, r)
+        return found._replace(S=found.S * scale)
     if min(W.shape) > max(GRAM_SIDE, 8 * (r + GUARD_VECTORS)):
         block = krylov_block(W, r, random_block(W, r), scale)
         found = certify(W, r, block)
