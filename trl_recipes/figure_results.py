@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError
 from trl_recipes.figure_spec import Value
 
 

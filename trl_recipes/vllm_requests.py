@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAI, OpenAIError
 
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError
 
 
 BUSY = (408, 429)  # of the statuses 4xx, those that do not blame the request
