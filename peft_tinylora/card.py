@@ -31,7 +31,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import TaskType
 
 from .describe import MOST_SHOWN, Description, describe
-from .errors import AdapterFileError
+from .errors import AdapterFileError, first_line
 from .fingerprint import digest_of_tensor
 from .published import relative
 
@@ -52,6 +52,8 @@ LOADING = {
     "bnb 8bit": "BitsAndBytesConfig(load_in_8bit=True)",
 }
 FACTS_FILE = ".card.json"
+# What metadata of cards raises that are no YAML, or whose YAML is not what the Hub's client expects in them.
+UNREADABLE = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 EMPTY_FIELD = "[More Information Needed]"  # PEFT's card has some thirty of these
 
 
@@ -325,8 +327,10 @@ def add_evaluation(folder: Path, evaluation: Evaluation) -> ModelCard:
         return write_card(folder, adapter, str(folder), replace(facts, more=[*others, evaluation]))
     try:
         card = ModelCard(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise AdapterFileError(f"The metadata of {readme} cannot be read ({error}): mend or remove it.") from error
+    except UNREADABLE as error:
+        raise AdapterFileError(
+            f"The metadata of {readme} cannot be read ({first_line(error)[:200]}): mend or remove it."
+        ) from error
     new = model_index(evaluation)
     kept = [old for old in card.data.eval_results or [] if not any(old.is_equal_except_value(each) for each in new)]
     card.data.model_name, card.data.eval_results = card.data.model_name or folder.name, [*kept, *new]

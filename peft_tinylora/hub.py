@@ -17,7 +17,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -260,9 +259,9 @@ def check_metadata(text: str, readme: Path) -> None:
     """Raise a [`ConfigError`] where the metadata of a card cannot be read."""
     try:
         ModelCard(text)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except card.UNREADABLE as error:
         raise ConfigError(
-            f"the metadata in {readme} cannot be read ({first_line(error)}): mend or remove it."
+            f"the metadata in {readme} cannot be read ({first_line(error)[:200]}): mend or remove it."
         ) from error
 
 

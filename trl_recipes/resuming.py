@@ -165,11 +165,18 @@ class ResumableMixin:
 
     def _restore_between_steps(self) -> None:
         device = self.args.device if self.args.device.type != "cpu" else "cpu"  # torch does not know cpu:0 here
-        held = torch.load(self._resumes_from / self._between_steps_file(), map_location=device, weights_only=True)
+        path = self._resumes_from / self._between_steps_file()
+        try:
+            held = torch.load(path, map_location=device, weights_only=True)
+            order = dict(held["order"])
+        except Exception as error:  # torch has many for a file that is damaged
+            raise RecipeError(
+                f"{path} is damaged ({type(error).__name__}): name another checkpoint by resume_from_checkpoint."
+            ) from error
         for name in SUMS:
             if name in held:
                 setattr(self, name, held[name])
-        self._order.restore(held["order"])
+        self._order.restore(order)
         for mode, values in held.get("metrics", {}).items():
             self._metrics[mode].update(values)
         if "step" in held:

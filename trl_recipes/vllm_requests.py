@@ -3,6 +3,7 @@
 What is known of vLLM's API is here: which fields are sent, what must be in an answer, and which statuses blame the request.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -81,12 +82,16 @@ def ask(
         raise ServerFailure(f"no answer in time ({type(error.__cause__).__name__})") from error
     except APIConnectionError as error:
         raise ServerFailure(f"no connection ({error.__cause__})") from error
-    except (OpenAIError, ValueError) as error:
+    except (OpenAIError, ValueError, RecursionError) as error:
         raise ServerFailure("the answer is not JSON") from error
-    completions = _completions_of(answer, prompt.n)
-    if expected_model is not None and answer.model != expected_model:
+    try:
+        completions = _completions_of(answer, prompt.n)
+    except (AttributeError, TypeError) as error:  # the client looks at no types
+        raise ServerFailure(f"the answer is not one of vLLM's ({short(str(error))})") from error
+    model_there = str(getattr(answer, "model", None))
+    if expected_model is not None and model_there != expected_model:
         raise RecipeError(
-            f"{url} answered with another adapter: {short(answer.model)!r} instead of {short(expected_model)!r}. "
+            f"{url} answered with another adapter: {short(model_there)!r} instead of {short(expected_model)!r}. "
             "Check that it reads adapters from the model field, and restart it."
         )
     return completions
@@ -109,8 +114,17 @@ def _completions_of(answer: object, n: int) -> list[Completion]:
             raise ServerFailure("no logprobs in the answer")
         if len(logprobs) != len(token_ids):
             raise ServerFailure(f"{len(logprobs)} logprobs for {len(token_ids)} tokens in the answer")
-        completions.append(Completion(token_ids, [float("nan") if value is None else value for value in logprobs]))
+        wrong = [token for token in token_ids if type(token) is not int or token < 0]
+        wrong += [value for value in logprobs if value is not None and not _is_log_probability(value)]
+        if wrong or not isinstance(token_ids, list):
+            raise ServerFailure(f"{short(repr((wrong or [token_ids])[0]))} among the tokens or logprobs in the answer")
+        completions.append(Completion(token_ids, [float("nan" if value is None else value) for value in logprobs]))
     return completions
+
+
+def _is_log_probability(value: object) -> bool:
+    """Whether it is a number, and that of a probability; rounding may put it just above 0."""
+    return type(value) in (int, float) and -math.inf < value < 0.01
 
 
 def _sentence_of(error: APIStatusError) -> str:
