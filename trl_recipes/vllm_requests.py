@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAI, OpenAIError
 
-from trl_recipes.errors import RecipeError
+from trl_recipes.errors import RecipeError, in_one_line
 
 
 BUSY = (408, 429)  # of the statuses 4xx, those that do not blame the request
@@ -73,7 +73,7 @@ def ask(
             extra_body={**sampling, "return_token_ids": True},
         )
     except APIStatusError as error:
-        said = _sentence_of(error).replace(model, short(model))
+        said = in_one_line(_sentence_of(error).replace(model, short(model)))
         if error.status_code < 500 and error.status_code not in BUSY:
             remedy = " Set VLLM_API_KEY to its key." if error.status_code in (401, 403) else ""
             raise RecipeError(f"{url} refused a request (HTTP {error.status_code}): {said}{remedy}") from error
@@ -102,8 +102,13 @@ def _completions_of(answer: object, n: int) -> list[Completion]:
     choices = getattr(answer, "choices", None) or []
     if len(choices) != n:
         raise ServerFailure(f"{len(choices)} completions in the answer instead of {n}")
+    choices = sorted(choices, key=lambda choice: choice.index)
+    if [choice.index for choice in choices] != list(range(n)):
+        raise ServerFailure(
+            f"completions {short(repr([choice.index for choice in choices]))} in the answer instead of 0 to {n - 1}"
+        )
     completions = []
-    for choice in sorted(choices, key=lambda choice: choice.index):
+    for choice in choices:
         if choice.finish_reason == "abort":  # a server that is stopped sends what it has so far, with status 200
             raise ServerFailure("it broke off a completion, as a server does that is stopped")
         token_ids = getattr(choice, "token_ids", None)

@@ -29,9 +29,9 @@ def fuzz_in_this_process(name: str) -> None:
 
     with atheris.instrument_imports(include=PACKAGES):
         from fuzz.harness import attempt
-        from fuzz.readers.all import READERS
+        from fuzz.readers.all import reader_of
 
-    reader = READERS[name]
+        reader = reader_of(name)
     atheris.Setup(sys.argv, lambda data: attempt(reader, data) and None)
     atheris.Fuzz()
 
@@ -42,9 +42,9 @@ def run(name: str, runs: int, seed: int) -> int:
     Raises:
         RuntimeError: if one was read wrongly; with the end of what the process said.
     """
-    from fuzz.readers.all import READERS
+    from fuzz.readers.all import reader_of
 
-    reader = READERS[name]
+    reader = reader_of(name)
     with tempfile.TemporaryDirectory(prefix="tinylora-guided-") as folder:
         corpus, tokens = Path(folder, "corpus"), Path(folder, "tokens")
         corpus.mkdir()

@@ -10,11 +10,10 @@ from recipes.fake_vllm import answer_to
 
 from trl_recipes import equal_answers
 from trl_recipes.answers import gold_answer, is_correct, lenient_answer, strict_answer
-from trl_recipes.arguments import RecipeError
 from trl_recipes.equal_answers import answers_agree
+from trl_recipes.errors import RecipeError
 from trl_recipes.latex_equality import is_heavy, latex_agrees
 from trl_recipes.quantities import read_quantity
-from trl_recipes.rewards import completion_text
 from trl_recipes.vllm_requests import Prompt, ServerFailure, ask
 
 
@@ -115,18 +114,6 @@ def read_reply(data: bytes) -> None:
         )
 
 
-def read_message(data: bytes) -> None:
-    """A completion as TRL hands it to a reward: a text or messages."""
-    try:
-        message = json.loads(data)
-    except (ValueError, RecursionError):
-        return
-    if isinstance(message, str) or (
-        isinstance(message, list) and all(isinstance(one, dict) and "content" in one for one in message)
-    ):
-        assert isinstance(completion_text(message), str)
-
-
 REPLY = json.dumps(
     answer_to({"n": 2, "prompt": [5, 6], "model": "a/b", "logprobs": 0, "return_token_ids": True})
 ).encode()
@@ -151,11 +138,5 @@ READERS = [
             b"{}",
             b'"model": "a/b"',
         ),
-    ),
-    Reader(
-        "message",
-        read_message,
-        (),
-        lambda: [b'[{"role": "assistant", "content": [{"type": "text", "text": "3"}]}]', b'"3"'],
     ),
 ]

@@ -1,16 +1,13 @@
-"""Recipe, sweep and figure files (arguments.py, sweep_file.py, figure_spec.py), and what runs left (sweep_run.py, figure_results.py)."""
+"""Files of YAML (yaml_files.py), of sweeps and figures (sweep_file.py, figure_spec.py), and tables of results (figure_results.py)."""
 
-import os
 from pathlib import Path
 
 from fuzz.harness import Reader, workplace
-from trl import ModelConfig
 
-from trl_recipes.arguments import GRPOArguments, RecipeError, TinyLoraArguments, parse
+from trl_recipes.errors import RecipeError
 from trl_recipes.figure_results import Results
 from trl_recipes.figure_spec import read_figures
-from trl_recipes.sweep_file import Run, load_sweep
-from trl_recipes.sweep_run import CONFIG, RESULT, read_result
+from trl_recipes.sweep_file import load_sweep
 from trl_recipes.yaml_files import read_yaml
 
 
@@ -89,30 +86,11 @@ def written(name: str, data: bytes) -> Path:
     return path
 
 
-def parse_recipe(data: bytes) -> None:
-    before = dict(os.environ)
-    try:
-        parse(
-            (GRPOArguments, ModelConfig, TinyLoraArguments), "usage", ["--config", str(written("recipe.yaml", data))]
-        )
-    finally:  # `env` of a recipe sets variables
-        os.environ.clear()
-        os.environ.update(before)
-
-
 def read_sweep(data: bytes) -> None:
     written("sweeps/base.yaml", SWEEP)
     sweep = load_sweep(written("sweeps/changed.yaml", data), ROOT)
     for run in sweep.first_runs():
         assert not run.folder.is_absolute() and ".." not in run.folder.parts and str(run)
-
-
-def read_run(data: bytes) -> None:
-    """The first line is result.json, the others are run.yaml."""
-    result, _, config = data.partition(b"\n")
-    written(f"run/{RESULT}", result)
-    written(f"run/{CONFIG}", config)
-    read_result(Run("sweep", "13", "measure", None, 0, {"max_steps": 40}), workplace() / "run")
 
 
 def read_rows(data: bytes) -> None:
@@ -136,7 +114,6 @@ READERS = [
         YAML,
         found=(BOMB, MERGED, ITSELF),
     ),
-    Reader("recipe", parse_recipe, (RecipeError,), lambda: [RECIPE], YAML, found=(BOMB, MERGED, ITSELF), is_slow=True),
     Reader("sweep", read_sweep, (RecipeError,), lambda: [SWEEP, GRID], YAML, found=(BOMB,)),
     Reader(
         "figures",
@@ -146,7 +123,6 @@ READERS = [
         YAML,
         found=(BOMB,),
     ),
-    Reader("run", read_run, (RecipeError,), lambda: [b'{"greedy": 0.5}\nmax_steps: 40\noutput_dir: a\n'], YAML),
     Reader(
         "results",
         read_rows,
