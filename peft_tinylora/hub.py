@@ -219,7 +219,7 @@ def files_to_push(
         WEIGHTS_FILE: folder / WEIGHTS_FILE,
     }
     readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    text = card.read_readme(readme)
     facts = card.read_facts(folder, adapter)
     if not text.strip() or card.is_empty_form(text):
         facts = card.Facts()
