@@ -128,8 +128,8 @@ def _completions_of(answer: object, n: int) -> list[Completion]:
 
 
 def _is_log_probability(value: object) -> bool:
-    """Whether it is a number, and that of a probability; rounding may put it just above 0."""
-    return type(value) in (int, float) and -math.inf < value < 0.01
+    """Whether it is NaN or the logarithm of a probability, which rounding may put just above 0."""
+    return type(value) in (int, float) and (math.isnan(value) or -math.inf < value < 0.01)
 
 
 def _sentence_of(error: APIStatusError) -> str:

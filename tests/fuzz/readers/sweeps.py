@@ -131,5 +131,13 @@ READERS = [
         (b"inf", b'"', b"1e400", b"measure", b"True"),
         is_slow=True,
     ),
-    Reader("curve", read_curve, (RecipeError,), lambda: [CURVE], (b"inf", b"nan", b'"'), is_slow=True),
+    Reader(
+        "curve",
+        read_curve,
+        (RecipeError,),
+        lambda: [CURVE],
+        (b"inf", b"nan", b'"', b"\x0b"),
+        (b"\x0btep,reward\n1,0.5\n",),
+        is_slow=True,
+    ),
 ]
