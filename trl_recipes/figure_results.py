@@ -190,7 +190,7 @@ def without_repeats(runs: pd.DataFrame, what: str) -> pd.DataFrame:
         sweep, point = first.setdefault(row["configuration"], (row["sweep"], row["point"]))
         if sweep == row["sweep"] and point != row["point"]:
             raise RecipeError(
-                f"{what}: {in_one_line(f'{sweep}/{point}')} and {in_one_line(row['point'])} have the same options: leave one out by "
+                f"{what}: {in_one_line(f'{sweep}/{point}')} and {in_one_line(f'{sweep}/' + row['point'])} have the same options: leave one out by "
                 "`where`."
             )
         if sweep != row["sweep"]:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+from unittest import mock
 
 from fuzz.harness import Reader, workplace
 from fuzz.readers.adapter import sound_files, written
@@ -68,7 +69,6 @@ def read_facts(data: bytes) -> None:
 
 def run_command(data: bytes) -> None:
     """A command line ends with 0, 1 and one line, or 2 and argparse's; it opens no connection and writes where it was told."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "PEFT_TINYLORA_CACHE": str(workplace() / "empty_cache")}
     arguments = data.decode("utf-8", errors="surrogateescape").split("\n")
     out, err = io.StringIO(), io.StringIO()
     before = os.getcwd()
@@ -77,7 +77,13 @@ def run_command(data: bytes) -> None:
     here.mkdir()
     os.chdir(here)
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.dict(os.environ, {"PEFT_TINYLORA_CACHE": str(workplace() / "empty_cache")}),
+            mock.patch("huggingface_hub.constants.HF_HUB_OFFLINE", True),
+            mock.patch("socket.socket.connect", side_effect=AssertionError("a connection was opened")),
+        ):
             status = cli.main(arguments)
     except SystemExit as end:
         status = end.code

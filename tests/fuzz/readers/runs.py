@@ -5,6 +5,7 @@ import json
 import shutil
 import types
 from pathlib import Path
+from unittest import mock
 
 import datasets
 import torch
@@ -48,14 +49,13 @@ def resume(data: bytes) -> None:
 
 def read_rows(data: bytes) -> None:
     """The rows of a JSONL file become problems, or it is said why not."""
-    datasets.disable_progress_bars()
-    datasets.config.HF_DATASETS_CACHE = workplace() / "datasets"
     path = workplace() / "rows.jsonl"
     path.write_bytes(data)
     try:
-        rows = load_rows(str(path))
-        for problem in to_problems(rows, ProblemArguments(), has_chat_template=False):
-            assert isinstance(problem["answer"], str)
+        with mock.patch.object(datasets.config, "HF_DATASETS_CACHE", workplace() / "datasets"):
+            rows = load_rows(str(path))
+            for problem in to_problems(rows, ProblemArguments(), has_chat_template=False):
+                assert isinstance(problem["answer"], str)
     finally:
         shutil.rmtree(workplace() / "datasets", ignore_errors=True)
 
