@@ -189,10 +189,8 @@ def without_repeats(runs: pd.DataFrame, what: str) -> pd.DataFrame:
     for _, row in points.iterrows():
         sweep, point = first.setdefault(row["configuration"], (row["sweep"], row["point"]))
         if sweep == row["sweep"] and point != row["point"]:
-            raise RecipeError(
-                f"{what}: {in_one_line(f'{sweep}/{point}')} and {in_one_line(f'{sweep}/' + row['point'])} have the same options: leave one out by "
-                "`where`."
-            )
+            both = in_one_line(f"{sweep}/{point}"), in_one_line(f"{sweep}/{row['point']}")
+            raise RecipeError(f"{what}: {' and '.join(both)} have the same options: leave one out by `where`.")
         if sweep != row["sweep"]:
             repeated.append((row["sweep"], row["point"]))
     return runs[[key not in repeated for key in zip(runs["sweep"], runs["point"], strict=True)]]
