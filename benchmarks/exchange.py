@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     started, others_before = time.perf_counter(), seconds_of_others()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(measure, (folder,), PROCESSES)
-        received = [torch.load(f"{folder}/received_{rank}") for rank in range(PROCESSES)]
+        received = [torch.load(f"{folder}/received_{rank}", weights_only=True) for rank in range(PROCESSES)]
     lines = [["trained", "numbers", "their gradient, bytes", "DDP", "FSDP2"]]
     for name in TRAINED:
         numbers, _ = received[0][name, "by_ddp"]

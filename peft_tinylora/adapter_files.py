@@ -147,13 +147,22 @@ def read_fields(path: str | Path) -> dict[str, Any]:
             "saved with."
         )
     try:
-        fields = json.loads(Path(path).read_bytes())
+        fields = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is no JSON ({first_line(error)}): save or download it again.") from error
     if not isinstance(fields, dict):
         raise AdapterFileError(
             f"{path} holds a {type(fields).__name__} and not the fields of a config: save or download it again."
         )
+    return fields
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises `ValueError` where two of its fields have one name, of which other readers take another one."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{shortened(next(name for name in names if names.count(name) > 1))} stands there twice")
     return fields
 
 

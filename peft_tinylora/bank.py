@@ -21,7 +21,7 @@ from tqdm import tqdm
 from . import compact
 from .adapter_files import check_weights, find_weights
 from .checkpoint import damaged_file
-from .config import TinyLoraConfig
+from .config import TinyLoraConfig, conventions_of
 from .errors import AdapterFileError, BasisMismatchError, ConfigError
 from .experts import ParamWrapper
 from .layer import FactorState, is_same_state, layers_of
@@ -77,6 +77,7 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
         if experts:
             raise ConfigError(f"AdapterBank: {experts[0]!r} belongs to experts, which cannot compute a mixed batch.")
         self.adapter_name = adapter_name
+        self._determining = _determining(config)
         self._vectors = next(iter(self._layers.values())).tinylora_v
         if adapter_name in self._vectors.adapter_banks:
             raise ConfigError(f"AdapterBank: the model has a bank over {adapter_name!r} already; add to that.")
@@ -216,6 +217,14 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
         saved = compact.fingerprint_of(config)
         vectors = compact.unpack_vectors(config, tensors[key], saved)
         self._check_basis(source, saved)
+        for name, there, here in zip(
+            ("r", "projection_seed", "sigma"), _determining(config), self._determining, strict=True
+        ):
+            if there != here:  # edited, as the fingerprint beside it is that of this basis
+                raise AdapterFileError(
+                    f"{source}: {name}={there} in adapter_config.json, and its fingerprint is of {here}: the config was edited. "
+                    "Nothing was added. Load the file with the config it was saved with."
+                )
         return torch.stack(list(vectors.values()))
 
     def _check_basis(self, source: str | Path, saved: dict[str, str]) -> None:
@@ -263,6 +272,11 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _writing=threading.Lock())
+
+
+def _determining(config: TinyLoraConfig) -> tuple[int, int, str]:
+    """What in a config decides over the factors and the projection of each module."""
+    return config.r, config.projection_seed, conventions_of(config).sigma
 
 
 @torch.inference_mode(False)  # a server may be in it, and what is made in it could not be written to outside

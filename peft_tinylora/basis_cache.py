@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import huggingface_hub.constants
 import safetensors
@@ -147,13 +147,15 @@ def read(path: Path) -> dict[str, Basis]:
         os.utime(path)  # says when it was last used
     try:
         return _to_bases(safetensors.torch.load(data))
-    except (safetensors.SafetensorError, KeyError, RuntimeError):
+    except (safetensors.SafetensorError, KeyError, RuntimeError, TypeError):
         logger.warning("%s is no basis file, for all that its checksum is right, and is not used.", path)
         return {}
 
 
 def _to_bases(tensors: Mapping[str, torch.Tensor]) -> dict[str, Basis]:
     names = [key.removesuffix(".angle") for key in tensors if key.endswith(".angle")]
+    if any(tensor.dtype not in (torch.float32, torch.float64) for tensor in tensors.values()):  # none is written so
+        raise TypeError("factors are in float32 or better")
     return {name: Basis(tensors[f"{name}.A"], tensors[f"{name}.B"], tensors[f"{name}.angle"].item()) for name in names}
 
 
@@ -259,7 +261,7 @@ def _statuses(paths: Iterable[Path]) -> dict[Path, os.stat_result]:
     return statuses
 
 
-def _checked_metadata(data: bytes) -> dict[str, Any] | None:
+def _checked_metadata(data: bytes) -> dict[str, str] | None:
     """The metadata of a file's bytes, or `None` where they are not what was written."""
     found = DIGEST.search(data)
     if found is None:
@@ -269,6 +271,7 @@ def _checked_metadata(data: bytes) -> dict[str, Any] | None:
         return None
     try:
         metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-    except (ValueError, KeyError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None  # not one of ours
-    return metadata
+    is_of_text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    return metadata if is_of_text else None

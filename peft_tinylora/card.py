@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, TypedDict, get_type_hints
 
 import torch
 import yaml
@@ -26,12 +27,13 @@ from huggingface_hub import (
     ModelCardData,
     eval_result_entries_to_yaml,
 )
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.dataclasses import validate_typed_dict
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from peft import TaskType
 
 from .describe import MOST_SHOWN, Description, describe
-from .errors import AdapterFileError
+from .errors import AdapterFileError, first_line
 from .fingerprint import digest_of_tensor
 from .published import relative
 
@@ -52,6 +54,8 @@ LOADING = {
     "bnb 8bit": "BitsAndBytesConfig(load_in_8bit=True)",
 }
 FACTS_FILE = ".card.json"
+# What metadata of cards raises that are no YAML, or whose YAML is not what the Hub's client expects in them.
+UNREADABLE = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, RecursionError)
 EMPTY_FIELD = "[More Information Needed]"  # PEFT's card has some thirty of these
 
 
@@ -290,14 +294,17 @@ def read_facts(folder: Path, adapter: Description) -> Facts | None:
         fields = kept["facts"]
         training, evaluation = fields.pop("training"), fields.pop("evaluation")
         facts = Facts(
-            None if training is None else Training(**training),
-            None if evaluation is None else Evaluation(**evaluation),
-            more=[Evaluation(**each) for each in fields.pop("more", [])],
-            **fields,
+            None if training is None else Training(**_checked(Training, training)),
+            None if evaluation is None else Evaluation(**_checked(Evaluation, evaluation)),
+            more=[Evaluation(**_checked(Evaluation, each)) for each in fields.pop("more", [])],
+            **_checked(Facts, fields),
         )
+        for each in evaluations_of(facts):
+            if "greedy" not in each.after or not (each.table or each.after.keys() <= each.before.keys()):
+                return None
         of_these_numbers = kept["v"] == digest_of_tensor(adapter.vectors)
         is_unchanged = kept["readme"] == digest(readme.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, StrictDataclassError):
         return None
     if is_unchanged and not of_these_numbers:
         raise AdapterFileError(
@@ -305,6 +312,22 @@ def read_facts(folder: Path, adapter: Description) -> Facts | None:
             f"it, or remove README.md and {FACTS_FILE}, and a card without results is made."
         )
     return facts if is_unchanged else None
+
+
+def _checked(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    """What JSON has for fields of a dataclass; raises [`StrictDataclassError`] where a value is of another type."""
+    hints = get_type_hints(kind)
+    # mypy knows no TypedDict that is made of what the program finds.
+    validate_typed_dict(TypedDict(kind.__name__, {name: hints[name] for name in values}), values)  # type: ignore[operator]
+    return values
+
+
+def read_readme(readme: Path) -> str:
+    """The text of a card, nothing where there is none; raises [`AdapterFileError`] where it is no text."""
+    try:
+        return readme.read_text(encoding="utf-8") if readme.exists() else ""
+    except ValueError as error:
+        raise AdapterFileError(f"{readme} is no text ({first_line(error)}): mend or remove it.") from error
 
 
 def add_evaluation(folder: Path, evaluation: Evaluation) -> ModelCard:
@@ -318,15 +341,17 @@ def add_evaluation(folder: Path, evaluation: Evaluation) -> ModelCard:
     """
     readme = folder / "README.md"
     adapter = describe(folder)
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    text = read_readme(readme)
     facts = Facts() if not text.strip() or is_empty_form(text) else read_facts(folder, adapter)
     if facts is not None:
         others = [each for each in facts.more if each.problems_from != evaluation.problems_from]
         return write_card(folder, adapter, str(folder), replace(facts, more=[*others, evaluation]))
     try:
         card = ModelCard(text)
-    except (ValueError, yaml.YAMLError) as error:
-        raise AdapterFileError(f"The metadata of {readme} cannot be read ({error}): mend or remove it.") from error
+    except UNREADABLE as error:
+        raise AdapterFileError(
+            f"The metadata of {readme} cannot be read ({first_line(error)[:200]}): mend or remove it."
+        ) from error
     new, data = model_index(evaluation), card.data
     assert isinstance(data, ModelCardData)
     kept = [old for old in data.eval_results or [] if not any(old.is_equal_except_value(each) for each in new)]

@@ -168,7 +168,10 @@ class TinyLoraConfig(peft.TinyLoraConfig):
             self._read_compact_fields()
         check_peft_fields(self)
         check_own_fields(self)
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except ValueError as error:  # PEFT's, of task_type and of layers_to_transform
+            raise ConfigError(" ".join(str(error).split())) from error
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]  # as PEFT does with its own
         if self.uses_paper_conventions:

@@ -17,7 +17,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import yaml
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -221,7 +220,7 @@ def files_to_push(
         WEIGHTS_FILE: folder / WEIGHTS_FILE,
     }
     readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    text = card.read_readme(readme)
     facts = card.read_facts(folder, adapter)
     if not text.strip() or card.is_empty_form(text):
         facts = card.Facts()
@@ -261,9 +260,9 @@ def check_metadata(text: str, readme: Path) -> None:
     """Raise a [`ConfigError`] where the metadata of a card cannot be read."""
     try:
         ModelCard(text)
-    except (yaml.YAMLError, ValueError, TypeError) as error:
+    except card.UNREADABLE as error:
         raise ConfigError(
-            f"the metadata in {readme} cannot be read ({first_line(error)}): mend or remove it."
+            f"the metadata in {readme} cannot be read ({first_line(error)[:200]}): mend or remove it."
         ) from error
 
 

@@ -5,6 +5,7 @@ its base model, quantized or not.
 """
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +67,7 @@ class OriginalWeights:
                 f"basis='full-precision': {self.name} has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}. "
                 "Convert the checkpoint to safetensors, or leave `basis` out."
             )
-        file_of = json.loads(index.read_text())["weight_map"]
+        file_of = self._read_index(index)
         paths = {file: find(file) for file in set(file_of.values())}  # each asks the Hub
         missing = sorted(file for file, path in paths.items() if path is None)
         if missing:
@@ -75,6 +76,20 @@ class OriginalWeights:
                 "download the checkpoint again."
             )
         return {tensor: path for tensor, file in file_of.items() if (path := paths[file]) is not None}
+
+    def _read_index(self, index: Path) -> dict[str, str]:
+        """Tensor -> file, of which each lies beside the index: what a downloaded file names is not followed elsewhere."""
+        try:
+            file_of = json.loads(index.read_bytes())["weight_map"]
+            names = set(file_of.values())
+            wrong = [name for name in names if not re.fullmatch(r"[\w-][\w.-]{0,200}\.safetensors", name)]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise BasisError(
+                f"{index} is no index of a checkpoint ({first_line(error)[:200]}): download it again."
+            ) from error
+        if wrong:
+            raise BasisError(f"{index} names {wrong[0][:100]!r}, which is no file beside it: download it again.")
+        return file_of
 
     def read(self, key: str, layer: nn.Module, shape: tuple[int, ...]) -> torch.Tensor:
         """W (out, in) of a module, in fp32 or better, on the CPU.

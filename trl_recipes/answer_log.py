@@ -11,15 +11,16 @@ A line is written whole or, by a process that was killed, in part: what follows 
 import fcntl
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError, in_one_line
 
 
 FILE = "completions.jsonl"
 BEGINNING = b'{"settings"'
+MOST_NAMED = 2  # differing settings in a message
 
 
 @dataclass(frozen=True)
@@ -90,23 +91,29 @@ class AnswerLog:
         if not data.startswith(BEGINNING) and not BEGINNING.startswith(data):  # all of it, or torn
             raise RecipeError(f"{path} is no file of score.py: name another output_dir.")
         whole = data[: data.rfind(b"\n") + 1]
-        file.truncate(len(whole))
-        lines = whole.decode("utf-8").splitlines()
-        if not lines:
+        if not whole:
+            file.truncate(0)
             write_lines(file, [json.dumps({"settings": settings})])
             return
         try:
-            found = json.loads(lines[0])["settings"]
-            answers = [Answer(**json.loads(line)) for line in lines[1:]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise RecipeError(f"{path} is no file of score.py ({error}): name another output_dir.") from error
+            first, *others = map(json.loads, whole.splitlines())
+            found = dict(first["settings"])
+            answers = [_answer_of(fields) for fields in others]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
+            raise RecipeError(
+                f"{path} is no file of score.py ({in_one_line(error)}): name another output_dir."
+            ) from error
         wanted = json.loads(json.dumps(settings))
         other = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
         if other:
-            shown = ", ".join(f"{name}={found.get(name)!r} there and {wanted.get(name)!r} now" for name in other)
+            shown = ", ".join(
+                f"{in_one_line(name)}={in_one_line(repr(found.get(name)))} there and {in_one_line(repr(wanted.get(name)))} now"
+                for name in other[:MOST_NAMED]
+            )
             raise RecipeError(
                 f"{path} holds answers of other settings ({shown}): name another output_dir, or remove it."
             )
+        file.truncate(len(whole))  # of a file that is one of these
         self.answers = {answer.key: answer for answer in answers}
 
     def add(self, answers: Iterable[Answer]) -> None:
@@ -121,3 +128,12 @@ def write_lines(file: BinaryIO, lines: list[str]) -> None:
     """Writes lines that are on their way to the disk when this returns."""
     file.write("".join(f"{line}\n" for line in lines).encode("utf-8"))
     file.flush()
+
+
+def _answer_of(line: dict[str, Any]) -> Answer:
+    """The answer in a line; raises [`TypeError`] where the line is none."""
+    answer = Answer(**line)
+    for field in fields(answer):
+        if type(getattr(answer, field.name)) is not field.type:
+            raise TypeError(f"{field.name} is of type {type(getattr(answer, field.name)).__name__}")
+    return answer

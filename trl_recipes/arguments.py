@@ -12,23 +12,20 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
-import yaml
 from transformers.utils import is_bitsandbytes_available
 from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 from trl.scripts.grpo import GRPOScriptArguments
 
 from peft_tinylora import TinyLoraError
 from peft_tinylora.config import SAVE_DTYPES
+from trl_recipes.errors import RecipeError, in_one_line
+from trl_recipes.yaml_files import read_yaml
 
 
 METHODS = ("tinylora", "lora", "lora-xs", "full")
 # Of TRL's `ModelConfig`: those of a LoRA, and which of them the other methods read.
 LORA_OPTIONS = (*(f.name for f in fields(ModelConfig) if f.name.startswith("lora_")), "use_rslora", "use_dora")
 LORA_OPTIONS_READ = {"lora": LORA_OPTIONS, "lora-xs": ("lora_r", "lora_dropout", "lora_target_modules")}
-
-
-class RecipeError(ValueError):
-    """A mistake in what the user asked for. The scripts print it as one line, without a traceback."""
 
 
 @dataclass
@@ -267,8 +264,10 @@ class TinyLoraArguments:
         if isinstance(self.tinylora_tie, str) and self.tinylora_tie.lstrip().startswith("{"):
             try:
                 self.tinylora_tie = json.loads(self.tinylora_tie)
-            except json.JSONDecodeError as error:
-                raise RecipeError(f"tinylora_tie is no JSON mapping: {self.tinylora_tie!r} ({error}).") from error
+            except (ValueError, RecursionError) as error:
+                raise RecipeError(
+                    f"tinylora_tie is no JSON mapping: {in_one_line(repr(self.tinylora_tie))} ({in_one_line(error)})."
+                ) from error
         for name in ("tinylora_dtype", "tinylora_save_dtype"):
             if getattr(self, name) not in SAVE_DTYPES:
                 raise RecipeError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(repr, SAVE_DTYPES))}.")
@@ -311,18 +310,19 @@ def parse(classes: Iterable[type], usage: str, argv: Sequence[str] | None = None
     Raises:
         RecipeError: if the file is missing or no YAML mapping, or a key or value is not accepted.
     """
+    argv = sys.argv[1:] if argv is None else [*argv]
+    if "--config" in argv:
+        if argv[-1] == "--config":
+            raise RecipeError("--config: name the YAML file behind it.")
+        read_yaml(Path(argv[argv.index("--config") + 1]), "config file")  # before TRL does, which looks at nothing
     # transformers' type is of one dataclass and its instances; `type[Any]` is what all of them are.
     parser = TrlParser(cast(Iterable[Any], classes), usage=usage)
     try:
         return parser.parse_args_and_config(argv)
     except RecipeError:
         raise
-    except FileNotFoundError as error:
-        raise RecipeError(f"no config file {error.filename!r} (looked from {Path.cwd()}): check the path.") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"the config file is not valid YAML: {' '.join(str(error).split())}") from error
     except (ValueError, TypeError) as error:
-        raise RecipeError(" ".join(str(error).split())) from error
+        raise RecipeError(in_one_line(error)) from error
 
 
 def refuse_lora_options(model_args: ModelConfig, method: str = "tinylora") -> None:

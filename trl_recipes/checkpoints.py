@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError, in_one_line
 
 
 MARKER = "checkpoint.json"  # {"files": {name: bytes}, "settings": {...}, "adapter": {...}}
 UNFINISHED = ".unfinished"  # of a run's folder: where checkpoints are written, and where they are deleted
 NAME = re.compile(r"checkpoint-(\d+)")
 MOST_NAMED = 3  # differences in a message
+MOST_CHARACTERS = 200  # of a file's name
 
 
 def step_of(checkpoint: Path) -> int:
@@ -109,7 +110,7 @@ def complaint(checkpoint: Path) -> str | None:
             return f"it is no checkpoint, but holds some: name one of them ({inside[-1]})"
         return f"it was cut short, or these recipes did not write it (no {MARKER})"
     except (OSError, ValueError) as error:
-        return f"its {MARKER} cannot be read ({error})"
+        return f"its {MARKER} cannot be read ({in_one_line(error)})"
     for name, size in marker["files"].items():
         path = checkpoint / name
         if not path.is_file():
@@ -123,11 +124,18 @@ def complaint(checkpoint: Path) -> str | None:
 
 def read_marker(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """Reads `MARKER`. Raises `ValueError` if it is not what `publish` writes."""
-    marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    try:
+        marker = json.loads((checkpoint / MARKER).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
     if not isinstance(marker, dict) or not all(
         isinstance(marker.get(key), dict) for key in ("files", "settings", "adapter")
     ):
         raise ValueError("not a description of a checkpoint")
+    for name, size in marker["files"].items():
+        is_inside = not Path(name).is_absolute() and ".." not in Path(name).parts
+        if type(size) is not int or not (name.isprintable() and len(name) <= MOST_CHARACTERS and is_inside):
+            raise ValueError(f"{name[:MOST_CHARACTERS]!r} is no file of a checkpoint with its size")
     return marker
 
 
@@ -169,7 +177,10 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None
     names = sorted(name for name in there.keys() & here.keys() if there[name] != here[name])
     if not names:
         return None
-    shown = ", ".join(f"{name}={there[name]!r} there and {here[name]!r} here" for name in names[:MOST_NAMED])
+    shown = ", ".join(
+        f"{name}={in_one_line(repr(there[name]))} there and {in_one_line(repr(here[name]))} here"
+        for name in names[:MOST_NAMED]
+    )
     return shown + (f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 

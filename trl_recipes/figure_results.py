@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError, in_one_line
 from trl_recipes.figure_spec import Value
 
 
@@ -95,7 +95,7 @@ class Results:
         """Returns a column, or raises [`RecipeError`] where it is not in the sweep's results."""
         if column not in runs:
             path = self.folder / sweep / "results.csv"
-            raise RecipeError(f"{path}: no column {column!r}; there are {', '.join(runs.columns)}.")
+            raise RecipeError(f"{path}: no column {column!r}; there are {in_one_line(', '.join(runs.columns))}.")
         return runs[column]
 
     def curve(self, folder: Path, column: str) -> pd.Series:
@@ -110,7 +110,7 @@ class Results:
             raise RecipeError(f"{folder}: neither {' nor '.join(CURVES)}: the run's folder is gone or was moved.")
         rows = read_whole_rows(path)
         if not rows.empty and not {"step", column} <= set(rows.columns):
-            raise RecipeError(f"{path}: no column {column!r}; there are {', '.join(rows.columns)}.")
+            raise RecipeError(f"{path}: no column {column!r}; there are {in_one_line(', '.join(rows.columns))}.")
         if rows.empty:
             return pd.Series(dtype=float)
         rows = rows.assign(step=to_numbers(rows["step"], path), value=to_numbers(rows[column], path))
@@ -131,7 +131,10 @@ def read_whole_rows(path: Path) -> pd.DataFrame:
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as text ({error}): is it a CSV file?") from error
     whole = text[: text.rfind("\n") + 1]
-    rows = [row for row in csv.reader(io.StringIO(whole, newline="")) if row]
+    try:
+        rows = [row for row in csv.reader(io.StringIO(whole, newline="")) if row]
+    except csv.Error as error:
+        raise RecipeError(f"{path} cannot be read as text ({error}): is it a CSV file?") from error
     if len(rows) < 2:
         return pd.DataFrame()
     header, *rows = rows
@@ -156,16 +159,20 @@ def measured(runs: pd.DataFrame, path: Path) -> pd.DataFrame:
         wrong = runs[(runs[column] < 0) | (runs[column] > 1)]
         if not wrong.empty:
             raise RecipeError(
-                f"{path}: {column} of point {wrong.iloc[0]['point']!r} is {wrong.iloc[0][column]:g}: "
+                f"{path}: {in_one_line(column)} of point {in_one_line(repr(wrong.iloc[0]['point']))} is {wrong.iloc[0][column]:g}: "
                 "a share is between 0 and 1."
             )
     runs["folder"] = [path.parent / folder for folder in runs["folder"]]
     for point, ones in runs.groupby("point", sort=False):
         if ones["learning_rate"].nunique() > 1:
-            raise RecipeError(f"{path}: point {point!r} has {ones['learning_rate'].nunique()} chosen learning rates.")
+            raise RecipeError(
+                f"{path}: point {in_one_line(repr(point))} has {ones['learning_rate'].nunique()} chosen learning rates."
+            )
         if ones["seed"].duplicated().any():
             seed = ones["seed"][ones["seed"].duplicated()].iloc[0]
-            raise RecipeError(f"{path}: point {point!r} has seed {seed:g} twice: take one of the two rows out.")
+            raise RecipeError(
+                f"{path}: point {in_one_line(repr(point))} has seed {seed:g} twice: take one of the two rows out."
+            )
         if ones["trained_parameters"].nunique() > 1:
             raise RecipeError(f"{path}: the runs of point {point!r} differ in trained_parameters.")
     return runs
@@ -183,9 +190,8 @@ def without_repeats(runs: pd.DataFrame, what: str) -> pd.DataFrame:
     for _, row in points.iterrows():
         sweep, point = first.setdefault(row["configuration"], (row["sweep"], row["point"]))
         if sweep == row["sweep"] and point != row["point"]:
-            raise RecipeError(
-                f"{what}: {sweep}/{point} and {sweep}/{row['point']} have the same options: leave one out by `where`."
-            )
+            both = in_one_line(f"{sweep}/{point}"), in_one_line(f"{sweep}/{row['point']}")
+            raise RecipeError(f"{what}: {' and '.join(both)} have the same options: leave one out by `where`.")
         if sweep != row["sweep"]:
             repeated.append((row["sweep"], row["point"]))
     return runs[[key not in repeated for key in zip(runs["sweep"], runs["point"], strict=True)]]
@@ -198,7 +204,9 @@ def to_numbers(cells: pd.Series, path: Path) -> pd.Series:
         (numbers.isna() & ~cells.str.strip().str.lower().isin(["", "none", "nan"])) | numbers.abs().eq(math.inf)
     ]
     if not wrong.empty:
-        raise RecipeError(f"{path}: {cells.name} is {wrong.iloc[0]!r}, which is no number.")
+        raise RecipeError(
+            f"{path}: {in_one_line(cells.name)} is {in_one_line(repr(wrong.iloc[0]))}, which is no number."
+        )
     return numbers
 
 

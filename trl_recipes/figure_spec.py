@@ -6,10 +6,10 @@ The classes hold the keys and check them; an unknown key or a wrong value is an 
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError
+from trl_recipes.yaml_files import read_yaml
 
 
 Value = bool | int | float | str | None
@@ -213,12 +213,7 @@ def read_figures(path: Path) -> dict[str, Points | SmallestUpdate | Curves]:
     Raises:
         RecipeError: if it is missing, no YAML mapping, or a key or value is not accepted.
     """
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise RecipeError(f"no file of figures {str(path)!r} ({error.strerror}): check the path.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    content = read_yaml(path, "file of figures")
     try:
         return TypeAdapter(Annotated[dict[FileName, Figure], Field(min_length=1)]).validate_python(content)
     except ValidationError as error:

@@ -11,10 +11,12 @@ import re
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
+from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, get_dataset
 
 from trl_recipes.answers import gold_answer
 from trl_recipes.arguments import ProblemArguments, RecipeArguments, RecipeError, SFTArguments
+from trl_recipes.errors import in_one_line
 
 
 QUESTION = "{question}"
@@ -49,14 +51,17 @@ def load_rows(
             Whether to read rows as they are needed.
 
     Raises:
-        RecipeError: if the file, the dataset, its configuration or its split does not exist.
+        RecipeError: if the file, the dataset, its configuration or its split does not exist, or a file cannot be read.
     """
     hub_file = HUB_FILE.fullmatch(name)
     file_format = FILE_FORMATS.get(Path(name).suffix)
     if file_format is not None and hub_file is None:
         if not Path(name).is_file():
             raise RecipeError(f"no dataset file {name!r} (looked from {Path.cwd()}): check the path.")
-        return load_dataset(file_format, data_files=name, split="train", streaming=streaming)
+        try:
+            return load_dataset(file_format, data_files=name, split="train", streaming=streaming)
+        except (DatasetsError, OSError, ValueError, TypeError, LookupError) as error:
+            raise RecipeError(f"the dataset file {name!r} cannot be read: {reason_of(error)}") from error
     try:
         if hub_file is not None:
             return load_dataset(hub_file[1], data_files=hub_file[2], split="train", streaming=streaming)
@@ -267,6 +272,13 @@ def check_chat(arguments: ProblemArguments, has_chat_template: bool) -> None:
     """Raises [`RecipeError`] where `chat` is asked of a tokenizer without a chat template."""
     if arguments.chat and not has_chat_template:
         raise RecipeError("chat: true needs a tokenizer with a chat template, and this one has none: set chat: false.")
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns what an error says, in one line; of one that only says that another one occurred, that one's."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return in_one_line(error)
 
 
 def first_line(error: Exception) -> str:

@@ -174,7 +174,14 @@ class ResumableTrainer(Trainer):
 
     def _load_between_steps(self, checkpoint: Path) -> dict[str, Any]:
         device = self.args.device if self.args.device.type != "cpu" else "cpu"  # torch does not know cpu:0 here
-        return torch.load(checkpoint / self._between_steps_file(), map_location=device, weights_only=True)
+        path = checkpoint / self._between_steps_file()
+        try:
+            held = torch.load(path, map_location=device, weights_only=True)
+            return held | {"order": dict(held["order"])}
+        except Exception as error:  # torch has many for a file that is damaged
+            raise RecipeError(
+                f"{path} is damaged ({type(error).__name__}): name another checkpoint by resume_from_checkpoint."
+            ) from error
 
     def _restore_between_steps(self, held: Mapping[str, Any]) -> None:
         for name in SUMS:

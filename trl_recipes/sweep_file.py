@@ -18,19 +18,28 @@ extend another. Leaves: [`Run`]s, each a recipe config of its own, in a folder w
     reported: {"13": 0.907}              what the paper reports, share correct
 """
 
+import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError, in_one_line
+from trl_recipes.yaml_files import read_yaml
 
 
 RECIPES = ("grpo", "sft")
 CHOOSE, MEASURE = "choose", "measure"
+KINDS = {
+    **dict.fromkeys(("reproduces", "extends", "recipe", "config"), str),
+    **dict.fromkeys(("left_open", "learning_rates", "seeds", "seeded", "evaluate"), list),
+    **dict.fromkeys(("options", "points", "grid", "choose", "reported"), dict),
+}
+NAMES = {str: "text", list: "list", dict: "mapping"}
+MOST_POINTS = 10_000  # of a grid
+MOST_CHARACTERS = 200  # of a folder's name
 
 
 @dataclass(frozen=True)
@@ -138,15 +147,11 @@ def load_sweep(path: Path, root: Path) -> Sweep:
         RecipeError: if a file is missing or no YAML mapping, a key is unknown or missing, or a value cannot be meant.
     """
     values = merged(Path(path))
-    known = {*(f.name for f in fields(Sweep)), "options", "grid", "learning_rates"} - {"name", "rates"}
-    unknown = sorted(values.keys() - known)
-    if unknown:
-        raise RecipeError(f"{path}: unknown key {unknown[0]!r}: allowed are {', '.join(sorted(known))}.")
     for key in ("reproduces", "recipe", "config", "seeds"):
         if not values.get(key):
             raise RecipeError(f"{path}: {key} is missing.")
     if values["recipe"] not in RECIPES:
-        raise RecipeError(f"{path}: recipe: {values['recipe']!r}: allowed are {', '.join(RECIPES)}.")
+        raise RecipeError(f"{path}: recipe: {shown(values['recipe'])}: allowed are {', '.join(RECIPES)}.")
     points = points_of(path, values)
     rates = {}
     for name, options in points.items():
@@ -154,13 +159,18 @@ def load_sweep(path: Path, root: Path) -> Sweep:
         check_rates(path, as_list(path, "learning_rates", rates[name]))
     choose = values.get("choose")
     if choose is not None:
-        if not isinstance(choose, dict) or not choose.get("seeds") or choose.keys() - {"seeds", "options"}:
-            raise RecipeError(f"{path}: choose: wants seeds, and may have options, and got {choose!r}.")
-        choose = Choose(as_list(path, "choose.seeds", choose["seeds"]), choose.get("options") or {})
+        options = choose.get("options") or {}
+        if not choose.get("seeds") or choose.keys() - {"seeds", "options"} or not isinstance(options, dict):
+            raise RecipeError(f"{path}: choose: wants seeds, and may have options, and got {shown(choose)}.")
+        choose = Choose(check_seeds(path, "choose.seeds", choose["seeds"]), options)
     reported = values.get("reported") or {}
     strangers = sorted(map(str, reported.keys() - points.keys()))
     if strangers:
-        raise RecipeError(f"{path}: reported: {strangers[0]!r} is no point: {', '.join(points)}.")
+        raise RecipeError(f"{path}: reported: {shown(strangers[0])} is no point: {in_one_line(', '.join(points))}.")
+    evaluate = values.get("evaluate") or []
+    for name in evaluate:  # becomes a file's name, and a folder's that is removed before it is made
+        if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]+", name):
+            raise RecipeError(f"{path}: evaluate: {shown(name)} is no name of a benchmark.")
     return Sweep(
         name=Path(path).stem,
         reproduces=values["reproduces"],
@@ -169,10 +179,10 @@ def load_sweep(path: Path, root: Path) -> Sweep:
         config=read_mapping(root / values["config"]) | (values.get("options") or {}),
         points=points,
         rates=rates,
-        seeds=as_list(path, "seeds", values["seeds"]),
+        seeds=check_seeds(path, "seeds", values["seeds"]),
         seeded=as_list(path, "seeded", values.get("seeded", ["seed"])),
         choose=choose,
-        evaluate=values.get("evaluate") or [],
+        evaluate=evaluate,
         reported=reported,
     )
 
@@ -183,6 +193,12 @@ def merged(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in below:
         raise RecipeError(f"{path}: extends itself, by {' -> '.join(p.name for p in (*below, path))}.")
     values = read_mapping(path)
+    unknown = sorted(map(str, values.keys() - KINDS.keys()))
+    if unknown:
+        raise RecipeError(f"{path}: unknown key {shown(unknown[0])}: allowed are {', '.join(sorted(KINDS))}.")
+    for key, value in values.items():
+        if value is not None and not isinstance(value, KINDS[key]):
+            raise RecipeError(f"{path}: {key}: wants a {NAMES[KINDS[key]]}, and got {shown(value)}.")
     extends = values.pop("extends", None)
     if extends is None:
         return values
@@ -204,44 +220,65 @@ def points_of(path: Path, values: Mapping[str, Any]) -> dict[str, dict[str, Any]
         raise RecipeError(f"{path}: wants points or grid, one of them.")
     if grid is not None:
         lists = [[(name, value) for value in as_list(path, f"grid.{name}", some)] for name, some in grid.items()]
-        return {",".join(f"{name}={value}" for name, value in pairs): dict(pairs) for pairs in product(*lists)}
-    if not isinstance(points, dict) or not points:
-        raise RecipeError(f"{path}: points: wants a mapping of names to options, and got {points!r}.")
+        if math.prod(map(len, lists)) > MOST_POINTS:
+            raise RecipeError(f"{path}: grid: asks for more than {MOST_POINTS} points.")
+        points = {",".join(f"{name}={value}" for name, value in pairs): dict(pairs) for pairs in product(*lists)}
+    if not points:
+        raise RecipeError(f"{path}: points: wants a mapping of names to options, and got {shown(points)}.")
     for name, options in points.items():
         if not isinstance(options, dict):
-            raise RecipeError(f"{path}: points: {name!r}: wants a mapping of options, and got {options!r}.")
-        if not isinstance(name, str) or not name.strip(".") or set(name) & set('/\\:*?"<>|\n'):
-            raise RecipeError(f"{path}: points: {name!r} becomes a folder's name: take a string that can be one.")
+            raise RecipeError(f"{path}: points: {shown(name)}: wants a mapping of options, and got {shown(options)}.")
+        if not isinstance(name, str) or not name.strip(". ") or set(name) & set('/\\:*?"<>|') or not is_short(name):
+            raise RecipeError(
+                f"{path}: points: {shown(name)} becomes a folder's name: take a string that can be one, of at most "
+                f"{MOST_CHARACTERS} characters."
+            )
     return points
+
+
+def is_short(name: str) -> bool:
+    """Whether a name can be seen as a whole."""
+    return name.isprintable() and len(name) <= MOST_CHARACTERS
+
+
+def check_seeds(path: Path, key: str, seeds: object) -> list[int]:
+    """Returns a list of integers; refuses anything else by the key."""
+    listed = as_list(path, key, seeds)
+    for seed in listed:
+        if type(seed) is not int:
+            raise RecipeError(f"{path}: {key}: {shown(seed)} is no integer.")
+    return listed
 
 
 def check_rates(path: Path, rates: list) -> None:
     """Raises [`RecipeError`] for what is no learning rate."""
     for rate in rates:
-        if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int | float) or rate <= 0):
+        if rate is not None and (
+            isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 < rate < math.inf
+        ):
             raise RecipeError(
-                f"{path}: learning_rates: {rate!r} is no positive number (YAML reads 1e-4 as text: write 1.0e-4)."
+                f"{path}: learning_rates: {shown(rate)} is no positive number (YAML reads 1e-4 as text: write 1.0e-4)."
             )
 
 
 def as_list(path: Path, key: str, value: object) -> list:
     """Returns a list without repetitions as it is, and refuses anything else by the key."""
     if not isinstance(value, list) or not value:
-        raise RecipeError(f"{path}: {key}: wants a list, and got {value!r}.")
+        raise RecipeError(f"{path}: {key}: wants a list, and got {shown(value)}.")
     repeated = next((one for i, one in enumerate(value) if one in value[:i]), None)
     if repeated is not None:
-        raise RecipeError(f"{path}: {key}: {repeated!r} is there twice.")
+        raise RecipeError(f"{path}: {key}: {shown(repeated)} is there twice.")
     return value
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Reads a YAML file that holds a mapping."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise RecipeError(f"no file {str(path)!r} (looked from {Path.cwd()}): check the path.") from error
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: wants a mapping, and holds {type(values).__name__}.")
     return values
+
+
+def shown(value: object) -> str:
+    """A value as it is shown in an error: not all of it where it is long."""
+    return in_one_line(repr(value))

@@ -21,8 +21,10 @@ from pathlib import Path
 import yaml
 from trl import ModelConfig
 
-from trl_recipes.arguments import LORA_OPTIONS, RecipeError
+from trl_recipes.arguments import LORA_OPTIONS
+from trl_recipes.errors import RecipeError, in_one_line
 from trl_recipes.sweep_file import Run, Sweep
+from trl_recipes.yaml_files import read_yaml
 
 
 CONFIG, LOG, RESULT, LOCK = "run.yaml", "log.txt", "result.json", ".lock"
@@ -33,24 +35,36 @@ def read_result(run: Run, where: Path, name: str = RESULT) -> dict | None:
     Reads a run's result, or that of a benchmark; `None` where there is none.
 
     Raises:
-        RecipeError: if the folder holds a run of another config; names what differs.
+        RecipeError: if the folder holds a run of another config, or a file of it is damaged; names what differs.
     """
     path = where / CONFIG
     if not path.exists():
         return None
-    there = yaml.safe_load(path.read_text(encoding="utf-8"))
-    there.pop("output_dir")
+    there = read_yaml(path)
+    if not isinstance(there, dict) or not all(isinstance(name, str) for name in there):
+        raise RecipeError(f"{path} is no config of a run: remove the folder, and the run is made anew.")
+    there.pop("output_dir", None)
     differing = sorted(key for key in there.keys() | run.options.keys() if there.get(key) != run.options.get(key))
     if differing:
         key = differing[0]
         raise RecipeError(
-            f"{where} holds a run with {key}: {there.get(key)!r}, and the sweep file now says {run.options.get(key)!r}: "
+            f"{where} holds a run with {in_one_line(key)}: {in_one_line(repr(there.get(key)))}, and the sweep file now says "
+            f"{in_one_line(repr(run.options.get(key)))}: "
             "remove that folder, or rename the sweep."
         )
     try:
-        return json.loads((where / name).read_text(encoding="utf-8"))
+        result = json.loads((where / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(
+            f"{where / name} is no JSON ({in_one_line(error)}): remove it, and it is made anew."
+        ) from error
+    if not isinstance(result, dict):
+        raise RecipeError(
+            f"{where / name} holds {type(result).__name__} and no result: remove it, and it is made anew."
+        )
+    return result
 
 
 class Failure(Exception):

@@ -3,12 +3,13 @@
 What is known of vLLM's API is here: which fields are sent, what must be in an answer, and which statuses blame the request.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError, OpenAI, OpenAIError
 
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError, in_one_line
 
 
 BUSY = (408, 429)  # of the statuses 4xx, those that do not blame the request
@@ -72,7 +73,7 @@ def ask(
             extra_body={**sampling, "return_token_ids": True},
         )
     except APIStatusError as error:
-        said = _sentence_of(error).replace(model, short(model))
+        said = in_one_line(_sentence_of(error).replace(model, short(model)))
         if error.status_code < 500 and error.status_code not in BUSY:
             remedy = " Set VLLM_API_KEY to its key." if error.status_code in (401, 403) else ""
             raise RecipeError(f"{url} refused a request (HTTP {error.status_code}): {said}{remedy}") from error
@@ -81,12 +82,16 @@ def ask(
         raise ServerFailure(f"no answer in time ({type(error.__cause__).__name__})") from error
     except APIConnectionError as error:
         raise ServerFailure(f"no connection ({error.__cause__})") from error
-    except (OpenAIError, ValueError) as error:
+    except (OpenAIError, ValueError, RecursionError) as error:
         raise ServerFailure("the answer is not JSON") from error
-    completions = _completions_of(answer, prompt.n)
-    if expected_model is not None and answer.model != expected_model:
+    try:
+        completions = _completions_of(answer, prompt.n)
+    except (AttributeError, TypeError) as error:  # the client looks at no types
+        raise ServerFailure(f"the answer is not one of vLLM's ({short(str(error))})") from error
+    model_there = str(getattr(answer, "model", None))
+    if expected_model is not None and model_there != expected_model:
         raise RecipeError(
-            f"{url} answered with another adapter: {short(answer.model)!r} instead of {short(expected_model)!r}. "
+            f"{url} answered with another adapter: {short(model_there)!r} instead of {short(expected_model)!r}. "
             "Check that it reads adapters from the model field, and restart it."
         )
     return completions
@@ -97,8 +102,13 @@ def _completions_of(answer: object, n: int) -> list[Completion]:
     choices = getattr(answer, "choices", None) or []
     if len(choices) != n:
         raise ServerFailure(f"{len(choices)} completions in the answer instead of {n}")
+    choices = sorted(choices, key=lambda choice: choice.index)
+    if [choice.index for choice in choices] != list(range(n)):
+        raise ServerFailure(
+            f"completions {short(repr([choice.index for choice in choices]))} in the answer instead of 0 to {n - 1}"
+        )
     completions = []
-    for choice in sorted(choices, key=lambda choice: choice.index):
+    for choice in choices:
         if choice.finish_reason == "abort":  # a server that is stopped sends what it has so far, with status 200
             raise ServerFailure("it broke off a completion, as a server does that is stopped")
         token_ids = getattr(choice, "token_ids", None)
@@ -109,8 +119,19 @@ def _completions_of(answer: object, n: int) -> list[Completion]:
             raise ServerFailure("no logprobs in the answer")
         if len(logprobs) != len(token_ids):
             raise ServerFailure(f"{len(logprobs)} logprobs for {len(token_ids)} tokens in the answer")
-        completions.append(Completion(token_ids, [float("nan") if value is None else value for value in logprobs]))
+        wrong = [token for token in token_ids if type(token) is not int or token < 0]
+        wrong += [value for value in logprobs if value is not None and not _is_log_probability(value)]
+        if wrong or not isinstance(token_ids, list):
+            raise ServerFailure(f"{short(repr((wrong or [token_ids])[0]))} among the tokens or logprobs in the answer")
+        completions.append(Completion(token_ids, [float("nan" if value is None else value) for value in logprobs]))
     return completions
+
+
+def _is_log_probability(value: object) -> bool:
+    """Whether it is NaN or the logarithm of a probability, which rounding may put just above 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return math.isnan(value) or -math.inf < value < 0.01
 
 
 def _sentence_of(error: APIStatusError) -> str:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from openai import OpenAI, OpenAIError, Timeout
 from tqdm import tqdm
 
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError, in_one_line
 from trl_recipes.vllm_requests import Completion, Prompt, ServerFailure, ask
 
 
@@ -137,9 +137,12 @@ class VllmServers:
         reasons = []
         for server in self._servers:
             try:
-                return server.client.models.list().data[0].id
-            except (OpenAIError, IndexError) as error:
-                reasons.append(f"{server.url} ({error})")
+                name = server.client.models.list().data[0].id
+                if isinstance(name, str):
+                    return name
+                reasons.append(f"{server.url} ({in_one_line(repr(name))} is no name)")
+            except (OpenAIError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
+                reasons.append(f"{server.url} ({in_one_line(error)})")
         raise RecipeError(f"no vLLM server says which model it has: {', '.join(reasons)}. Check the URLs.")
 
     def _next_assignment(self, batch: "_Batch") -> tuple["_Server", int] | None:

@@ -1,0 +1,13 @@
+"""The error of the recipes, and how much of what somebody else's file says goes into one."""
+
+MOST_SHOWN = 300  # characters
+
+
+class RecipeError(ValueError):
+    """A mistake in what the user asked for. The scripts print it as one line, without a traceback."""
+
+
+def in_one_line(said: object) -> str:
+    """What an error or a value says, or its class, without line breaks and not for ever."""
+    text = " ".join(str(said).split()) or type(said).__name__
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
