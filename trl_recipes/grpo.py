@@ -11,7 +11,7 @@ recipe.yaml (what was set), reward_curve.csv and reward_curve.png. With `push_to
 Hub, as one commit. The last line of stdout is one JSON object with the result.
 
 With `save_steps`, a run that was killed at any point goes on by `resume_from_checkpoint: true`, and ends with the same numbers
-(resuming.py).
+(resuming.py). After SIGTERM it finishes its step, saves a checkpoint and exits with status 143 (ending.py).
 
 parse -> data -> model -> trainer -> train -> save -> push
 """
@@ -56,6 +56,7 @@ from trl_recipes.callbacks import (  # noqa: E402
     ShortProgressCallback,
     draw_curve,
 )
+from trl_recipes.ending import explained  # noqa: E402
 from trl_recipes.methods import (  # noqa: E402
     finish,
     finished_in,
@@ -103,10 +104,21 @@ USAGE = "grpo.py --config FILE.yaml [--option value ...]   (--help lists every o
 
 
 def main() -> None:
-    """Runs the recipe, top to bottom."""
-    # --- parse
+    """Parses the options and runs the recipe with them."""
     hide_known_noise()
-    recipe_args, training_args, model_args, mixture_args, tinylora_args = parse(ARGUMENT_CLASSES, USAGE)
+    parsed = parse(ARGUMENT_CLASSES, USAGE)
+    with explained(parsed[1]):
+        run(*parsed)
+
+
+def run(
+    recipe_args: GRPOArguments,
+    training_args: GRPOConfig,
+    model_args: ModelConfig,
+    mixture_args: DatasetMixtureConfig,
+    tinylora_args: TinyLoraArguments,
+) -> None:
+    """Runs the recipe, top to bottom."""
     refuse_unread_options(recipe_args, training_args, model_args)
     refuse_quantization_options(model_args, training_args.use_vllm)
     refuse_rounding_options(training_args)
@@ -217,9 +229,6 @@ def main() -> None:
     score_with = None
     if held_out is not None:
         score_with = score_options(recipe_args, training_args, model_args, training_args.max_completion_length)
-    title = f"{output_dir.name}: GRPO reward"
-    picture = output_dir / "reward_curve.png"
-    draw_curve(curve.path, picture, title, "reward", before, after, is_share=is_exact_match)
     names = dataset_names(recipe_args, mixture_args)
     command = command_line(training_args.world_size)
     has_config_file = write_recipe_file(output_dir, sys.argv, command)
@@ -245,6 +254,10 @@ def main() -> None:
                 "and does the prompt ask it to mark its answer (#### 72)?"
             )
         print_numbers(adapter.numbers)
+    # The last file of a run: without it, one that was killed goes on (`finished_in`).
+    title = f"{output_dir.name}: GRPO reward"
+    picture = output_dir / "reward_curve.png"
+    draw_curve(curve.path, picture, title, "reward", before, after, is_share=is_exact_match)
     print_scores(before, after)
     has_card = recipe_args.method == "tinylora"
     adapter_bytes = print_files(output_dir, "reward", has_card, score_with)

@@ -13,6 +13,7 @@ place; tests/recipes/test_resume.py shows each with their own trainers:
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from peft_tinylora import TinyLoraError
 from trl_recipes.arguments import RecipeError
 from trl_recipes.checkpoints import UNFINISHED, choose, differences, publish, read_marker, rotate, tidy
+from trl_recipes.ending import STOPPED, StopWhenAsked
 
 
 # Of Trainer's and of TRL's trainers, where they have them: what lives from step to step. Not public.
@@ -34,6 +36,8 @@ IMMATERIAL = (
     *("output_dir", "run_name", "report_to", "project", "trackio", "logging_", "log_", "num_completions_to_print"),
     *("save_", "hub_", "push_to_hub", "resume_from_checkpoint", "disable_tqdm", "dataloader_", "vllm_server", "ddp_"),
 )
+# How GRPO's completions are split among steps: where one of these was changed, those in a checkpoint fit no more.
+SPLITS = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
 T = TypeVar("T", bound=Trainer)
 
 
@@ -58,6 +62,8 @@ class ResumableMixin:
         self._order = DataOrder()
         self.recipe_settings: dict[str, Any] = {}  # what the recipe was set to beside `args`; compared as they are
         self.add_callback(BetweenSteps(self))
+        self._stop = StopWhenAsked()
+        self.add_callback(self._stop)
 
     def checkpoint_to_resume(self) -> Path | None:
         """
@@ -108,13 +114,22 @@ class ResumableMixin:
         return checkpoint
 
     def train(self, resume_from_checkpoint: str | Path | None = None, **kwargs):
-        """As [`~transformers.Trainer.train`], from what [`checkpoint_to_resume`] returned."""
+        """As [`~transformers.Trainer.train`], from what [`checkpoint_to_resume`] returned; SIGTERM: see ending.py."""
         self._resumes_from = None if resume_from_checkpoint is None else Path(resume_from_checkpoint)
         checkpoint = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
         try:
-            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            with self._stop.listening():
+                result = super().train(resume_from_checkpoint=checkpoint, **kwargs)
         except TinyLoraError as error:  # another base, another quantization of it
             raise RecipeError(f"{checkpoint}: {error}" if checkpoint else str(error)) from error
+        if self._stop.has_stopped:
+            self.accelerator.print(
+                f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}, which is saved: go on by "
+                "resume_from_checkpoint: true",
+                flush=True,
+            )
+            sys.exit(STOPPED)
+        return result
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         # A checkpoint of the last step has nothing to go on with, and Trainer looks for the end after a step only.
@@ -172,7 +187,8 @@ class ResumableMixin:
         self._order.restore(held["order"])
         for mode, values in held.get("metrics", {}).items():
             self._metrics[mode].update(values)
-        if "step" in held:
+        there, here = read_marker(self._resumes_from)["settings"], settings_of(self)
+        if "step" in held and all(there.get(name) == here[name] for name in SPLITS):
             self._step, self._buffered_inputs = held["step"], held["completions"]
 
     def _is_past_a_stream(self, checkpoint: Path) -> bool:

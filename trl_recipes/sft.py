@@ -11,7 +11,7 @@ recipe.yaml (what was set), loss_curve.csv and loss_curve.png. With `push_to_hub
 Hub, as one commit. The last line of stdout is one JSON object with the result.
 
 With `save_steps`, a run that was killed at any point goes on by `resume_from_checkpoint: true`, and ends with the same numbers
-(resuming.py).
+(resuming.py). After SIGTERM it finishes its step, saves a checkpoint and exits with status 143 (ending.py).
 
 parse -> data -> model -> trainer -> train -> save -> push
 """
@@ -56,6 +56,7 @@ from trl_recipes.callbacks import (  # noqa: E402
     ShortProgressCallback,
     draw_curve,
 )
+from trl_recipes.ending import explained  # noqa: E402
 from trl_recipes.methods import (  # noqa: E402
     finish,
     finished_in,
@@ -98,10 +99,21 @@ USAGE = "sft.py --config FILE.yaml [--option value ...]   (--help lists every op
 
 
 def main() -> None:
-    """Runs the recipe, top to bottom."""
-    # --- parse
+    """Parses the options and runs the recipe with them."""
     hide_known_noise()
-    recipe_args, training_args, model_args, mixture_args, tinylora_args = parse(ARGUMENT_CLASSES, USAGE)
+    parsed = parse(ARGUMENT_CLASSES, USAGE)
+    with explained(parsed[1]):
+        run(*parsed)
+
+
+def run(
+    recipe_args: SFTArguments,
+    training_args: SFTConfig,
+    model_args: ModelConfig,
+    mixture_args: DatasetMixtureConfig,
+    tinylora_args: TinyLoraArguments,
+) -> None:
+    """Runs the recipe, top to bottom."""
     refuse_unread_options(recipe_args, training_args, model_args)
     refuse_quantization_options(model_args)
     send_gradients_only(training_args)
@@ -197,9 +209,6 @@ def main() -> None:
     score_with = None
     if held_out is not None:
         score_with = score_options(recipe_args, training_args, model_args, recipe_args.max_completion_length)
-    title = f"{output_dir.name}: SFT loss"
-    picture = output_dir / "loss_curve.png"
-    draw_curve(curve.path, picture, title, "loss", before, after, is_share=False)
     names = dataset_names(recipe_args, mixture_args)
     command = command_line(training_args.world_size)
     has_config_file = write_recipe_file(output_dir, sys.argv, command)
@@ -218,6 +227,10 @@ def main() -> None:
         facts = Facts(training, evaluation, question, recipe_args.max_completion_length)
         card = write_card(output_dir, adapter, str(output_dir), facts)
         print_numbers(adapter.numbers)
+    # The last file of a run: without it, one that was killed goes on (`finished_in`).
+    title = f"{output_dir.name}: SFT loss"
+    picture = output_dir / "loss_curve.png"
+    draw_curve(curve.path, picture, title, "loss", before, after, is_share=False)
     print_scores(before, after)
     has_card = recipe_args.method == "tinylora"
     adapter_bytes = print_files(output_dir, "loss", has_card, score_with)
