@@ -168,7 +168,7 @@ class SmallDisk:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         options = ["-t", "tmpfs", "-o", "size=1g,mode=755", "tmpfs"]
         with suppress(FileNotFoundError):
             if subprocess.run(["mount", *options, str(folder)], capture_output=True).returncode == 0:
@@ -194,7 +194,7 @@ class SmallDisk:
 
 @contextmanager
 def small_disk(folder: Path) -> Iterator[SmallDisk]:
-    """A [`SmallDisk`] at a folder that is not there yet, while this lasts."""
+    """A [`SmallDisk`] at a folder, while this lasts."""
     disk = SmallDisk(folder)
     try:
         yield disk

@@ -122,7 +122,7 @@ class Runs:
                 "full": "error: no space left on the disk of ",
             }
             assert wanted[kind] in broken.error, (fault, broken.error)
-            assert str(self.folder(name)) in broken.error or kind == "memory", (fault, broken.error)
+            assert str(self.folder(name).parent) in broken.error or kind == "memory", (fault, broken.error)
             whole = checkpoints_in(self.folder(name))
             assert (f"resume_from_checkpoint='{whole[-1]}'" if whole else "start again") in broken.error, fault
 
