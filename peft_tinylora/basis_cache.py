@@ -189,7 +189,8 @@ def write(path: Path, bases: Mapping[str, Basis], base: str, weights: str) -> No
         reason = disk_trouble(error, path.parent) or error
         logger.warning("the basis could not be kept in %s (%s); it will be computed again.", path, reason)
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that became read-only meanwhile keeps it
+                temporary.unlink(missing_ok=True)
 
 
 def signed(data: bytes) -> bytes:

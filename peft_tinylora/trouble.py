@@ -16,7 +16,9 @@ from .errors import DiskError, TinyLoraError
 FULL = (errno.ENOSPC, errno.EDQUOT)
 STALE_SECONDS = 3600  # what was half-written for longer was left by a killed process
 SAID_BY_RUST = re.compile(r"\(os error (\d+)\)")  # of safetensors and tokenizers, which raise errors of their own
-SAID_BY_TORCH = re.compile(r"PytorchStreamWriter failed|unexpected pos \d+ vs \d+")  # torch.save, when a write fails
+SAID_BY_TORCH = re.compile(
+    r"PytorchStreamWriter failed|unexpected pos|iostream error"
+)  # torch.save, when a write fails
 SAID_BY_CPU = "can't allocate memory"  # torch's allocator for the CPU, by a RuntimeError
 
 
