@@ -14,6 +14,7 @@ import safetensors
 import safetensors.torch
 import torch
 from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -29,6 +30,7 @@ from peft import PeftConfig, PeftType
 from . import compact
 from .config import TinyLoraConfig, shortened
 from .errors import AdapterFileError, ConfigError, HubError, first_line
+from .trouble import disk_trouble
 
 
 CONFIG_FILE = "adapter_config.json"
@@ -254,4 +256,7 @@ def reason_of(error: Exception, revision: str | None = None) -> str:
         return f"the Hub answered {status}{': ' + said[0] if said else ''}."
     if isinstance(error, HTTPError):
         return f"the Hub cannot be reached ({type(error).__name__}: {first_line(error)})."
+    trouble = disk_trouble(error, HF_HUB_CACHE)
+    if trouble is not None:
+        return f"{trouble} (the Hub's cache: HF_HOME)."
     return " ".join(str(error).split())  # of this package, of the disk, or what the Hub has against a card

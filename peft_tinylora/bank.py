@@ -5,6 +5,7 @@ and another has not. So 10,000 of them are 10,000 rows beside a model that holds
 another adapter costs what a batch of one adapter costs (mixed.py).
 """
 
+import json
 import threading
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -197,6 +198,19 @@ class AdapterBank(MutableMapping[str, torch.Tensor]):
         return list(sources)
 
     def _read(self, source: str | Path, **options: Any) -> torch.Tensor:
+        """v of a compact file; what is wrong with one of many names it."""
+        try:
+            return self._read_checked(source, **options)
+        except json.JSONDecodeError as error:
+            raise AdapterFileError(
+                f"{source}: its adapter_config.json is no JSON ({error}): save or download it again."
+            ) from error
+        except AdapterFileError as error:
+            if str(source) in str(error):
+                raise
+            raise type(error)(f"{source}: {error}") from error
+
+    def _read_checked(self, source: str | Path, **options: Any) -> torch.Tensor:
         config = PeftConfig.from_pretrained(str(source), **options)
         if not isinstance(config, TinyLoraConfig):
             raise AdapterFileError(f"{source} is a {config.peft_type.value} adapter, and a bank holds TinyLoRA.")

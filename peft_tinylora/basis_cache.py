@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -32,6 +31,7 @@ import torch
 
 from .basis import Basis
 from .errors import ConfigError
+from .trouble import disk_trouble, remove_stale
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SUFFIX = ".safetensors"
 MOST_GB = 2.0
-STALE_SECONDS = 3600  # a half-written file that is older was left by a killed process
 NO_DIGEST = b"0" * 64
 DIGEST = re.compile(rb'"sha256":"([0-9a-f]{64})"')
 
@@ -187,9 +186,11 @@ def write(path: Path, bases: Mapping[str, Basis], base: str, weights: str) -> No
         os.replace(temporary, path)
         _make_room(keep=path)
     except OSError as error:
-        logger.warning("the basis could not be kept in %s (%s); it will be computed again.", path, error)
+        reason = disk_trouble(error, path.parent) or error
+        logger.warning("the basis could not be kept in %s (%s); it will be computed again.", path, reason)
         if temporary is not None:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a disk that became read-only meanwhile keeps it
+                temporary.unlink(missing_ok=True)
 
 
 def signed(data: bytes) -> bytes:
@@ -234,9 +235,7 @@ def _files() -> Iterator[Path]:
 
 
 def _make_room(keep: Path) -> None:
-    for path, status in _statuses(keep.parent.parent.glob("*/.writing-*")).items():
-        if time.time() - status.st_mtime > STALE_SECONDS:
-            path.unlink(missing_ok=True)
+    remove_stale(keep.parent.parent.glob("*/.writing-*"))
     limit = size_limit_bytes()
     sizes = _statuses(_files())
     total = sum(status.st_size for status in sizes.values())

@@ -5,6 +5,7 @@ costs one pass over that weight. Where one is missing or does not pass, it is co
 """
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 # `basis.residual` of kept factors in fp32, a few times what rounding gives. The same weights rounded to bf16 give 1e-3.
 KEPT_TOLERANCE = 2e-5
 SECONDS_UNTIL_PROGRESS = 3
+SECONDS_BETWEEN_WRITES = 60  # of the cache while modules are computed
 
 
 class Request(NamedTuple):
@@ -65,19 +67,30 @@ def build_bases(requests: Sequence[Request], source: WeightSource, *, sigma: str
     if not kept and source.repository is not None:
         fetched = fetch(source.repository, name)
         kept = {} if fetched is None else basis_cache.read(fetched)
-    bases, computed = {}, 0
+    bases, computed, wrong, written = {}, 0, 0, time.monotonic()
     for request in tqdm(requests, desc="Basis", unit="module", delay=SECONDS_UNTIL_PROGRESS, leave=False):
         W = request.read()
         basis = verified(kept.get(request.key), W, request)
         if basis is None:
             basis = compute_basis(W, request.r, "left", canonical, request.key)
             computed += 1
+            wrong += request.key in kept
         bases[request.key] = basis
         del W  # before the next one is read
-    if kept and computed:
+        if (
+            path is not None
+            and computed
+            and time.monotonic() - written > SECONDS_BETWEEN_WRITES
+            and not basis.A.is_meta
+        ):
+            basis_cache.write(
+                path, kept | bases, source.base, source.form
+            )  # a kill now costs the modules since the last
+            written = time.monotonic()
+    if wrong:
         logger.warning(
             "%d of %d modules have other weights than the kept basis %s: computed anew.",
-            computed,
+            wrong,
             len(requests),
             path if fetched is None else f"{name} of {source.repository}",
         )

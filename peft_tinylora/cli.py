@@ -24,10 +24,11 @@ from .adapter_files import find_adapter, read_config
 from .card import is_hub_id
 from .cli_basis import add_basis_commands, add_loading_options, load_base
 from .describe import Description, describe, lines
-from .errors import BasisError, TinyLoraError
+from .errors import BasisError, TinyLoraError, first_line
 from .export import DTYPES, FORMS, export_adapter
 from .inline import inline_adapter_of_folder
 from .served import skeleton
+from .trouble import is_out_of_memory
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except (TinyLoraError, OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory ({first_line(error)}): end other programs, or take a machine with more.",
+            file=sys.stderr,
+        )
         return 1
 
 

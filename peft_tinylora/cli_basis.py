@@ -114,8 +114,17 @@ class BaseBasis:
         self.path: Path = path
 
     def build(self) -> None:
-        """Compute what is not kept yet, and keep it."""
+        """Compute what is not kept yet, and keep it; raises [`BasisError`] where it cannot be kept."""
         build_bases(self.requests, self.source, sigma="left", canonical=True)
+        self.check_kept()
+
+    def check_kept(self) -> None:
+        """Raises [`BasisError`] where the cache could not be written, which elsewhere is a warning."""
+        if self.wrong_modules(basis_cache.read(self.path)):
+            raise BasisError(
+                f"the basis was not kept in {self.path.parent}: make that folder one that can be written to, with room for it, "
+                "or name another by PEFT_TINYLORA_CACHE."
+            )
 
     def wrong_modules(self, kept: dict[str, Basis]) -> list[str]:
         """The modules of which `kept` has no basis of their weight."""
@@ -205,5 +214,6 @@ def pull_basis(options: argparse.Namespace) -> int:
             "nothing was kept. Load the base model as it was pushed, or run `peft-tinylora basis build`."
         )
     basis_cache.write(basis.path, kept, basis.source.base, basis.source.form)
+    basis.check_kept()
     print(f"{len(basis.requests)} modules verified: {basis.path}")
     return 0

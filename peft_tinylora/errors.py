@@ -41,6 +41,10 @@ class HubError(TinyLoraError, OSError):
     """The Hub refused, or could not be reached: says for which repository, why, and what to do."""
 
 
+class DiskError(TinyLoraError, OSError):
+    """A disk is full or read-only: names the folder, and what to do."""
+
+
 def first_line(error: Exception) -> str:
     """The first line of what an error says, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

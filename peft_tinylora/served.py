@@ -28,11 +28,13 @@ from .errors import AdapterFileError, BasisError, BasisMismatchError, first_line
 from .inline import InlineAdapter
 from .original import OriginalWeights
 from .projection import draw_projection, seed_of_target
+from .trouble import remove_stale
 
 
 # Of all modules of one adapter. A request names u, and P takes modules * u * r * r numbers: 401,408 for the paper's largest,
 # u = 512 on Qwen2.5-7B. They are drawn while the server does nothing else.
 MOST_PROJECTION_NUMBERS = 2**20
+FOLDER = "peft_tinylora-lora-"  # the beginning of the name of a folder with a LoRA
 
 
 def skeleton(name: str, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -165,7 +167,9 @@ class ServedBase:
         tensors = self.lora(adapter)
         names = list(self.group_of(adapter))
         size_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        with tempfile.TemporaryDirectory(prefix="peft_tinylora-", dir=folder_in_memory(4 * size_bytes)) as folder:
+        memory = folder_in_memory(4 * size_bytes)
+        remove_stale(Path(memory or tempfile.gettempdir()).glob(f"{FOLDER}*"))
+        with tempfile.TemporaryDirectory(prefix=FOLDER, dir=memory) as folder:
             LoraConfig(r=adapter.r, lora_alpha=adapter.r, target_modules=names).save_pretrained(folder)
             save_file(tensors, Path(folder, "adapter_model.safetensors"), metadata={"format": "pt"})
             yield Path(folder)

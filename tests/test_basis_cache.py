@@ -14,7 +14,7 @@ from peft import PeftModel, get_peft_model
 from support import IMPORT_PATH, fill_vectors, make_tiny_llama, warm_python
 from transformers import LlamaForCausalLM
 
-from peft_tinylora import ConfigError, TinyLoraConfig, basis_cache, build
+from peft_tinylora import ConfigError, TinyLoraConfig, basis_cache, build, trouble
 
 
 TILED = {"r": 2, "u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
@@ -167,7 +167,7 @@ def test_a_killed_writer_leaves_nothing_broken(base_folder, basis_cache_folder, 
     computed.clear()
     adapt(base_folder)
     assert computed == []
-    os.utime(left, (0, time.time() - 2 * basis_cache.STALE_SECONDS))
+    os.utime(left, (0, time.time() - 2 * trouble.STALE_SECONDS))
     adapt(base_folder, r=1)  # the next to write sweeps it away
     assert not left.exists()
 

@@ -214,4 +214,6 @@ def draw_curve(
                 f"{value:.1%}", (step, value), (0, above), textcoords="offset points", ha=side, color=colour
             )
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
-    FigureCanvasAgg(figure).print_png(png_path)
+    temporary = png_path.with_name(f".{png_path.name}")  # not in place: it says that the run is finished
+    FigureCanvasAgg(figure).print_png(temporary)
+    os.replace(temporary, png_path)

@@ -11,7 +11,7 @@ recipe.yaml (what was set), reward_curve.csv and reward_curve.png. With `push_to
 Hub, as one commit. The last line of stdout is one JSON object with the result.
 
 With `save_steps`, a run that was killed at any point goes on by `resume_from_checkpoint: true`, and ends with the same numbers
-(resuming.py).
+(resuming.py). After SIGTERM it finishes its step, saves a checkpoint and exits with status 143 (ending.py).
 
 parse -> data -> model -> trainer -> train -> save -> push
 """
@@ -45,6 +45,7 @@ from trl_recipes.arguments import (  # noqa: E402
     run_script,
 )
 from trl_recipes.callbacks import REWARD_COLUMNS, REWARD_PROGRESS  # noqa: E402
+from trl_recipes.ending import explained  # noqa: E402
 from trl_recipes.held_out import HeldOut  # noqa: E402
 from trl_recipes.methods import peft_config_of, refuse_unread_options  # noqa: E402
 from trl_recipes.problems import (  # noqa: E402
@@ -82,10 +83,15 @@ USAGE = "grpo.py --config FILE.yaml [--option value ...]   (--help lists every o
 
 
 def main() -> None:
-    """Runs the recipe, top to bottom."""
-    # --- parse
+    """Parses the options and runs the recipe with them."""
     hide_known_noise()
     options: Options[GRPOArguments, GRPOConfig] = Options(*parse(ARGUMENT_CLASSES, USAGE))
+    with explained(options.training):
+        run(options)
+
+
+def run(options: Options[GRPOArguments, GRPOConfig]) -> None:
+    """Runs the recipe, top to bottom."""
     recipe_args, training_args, model_args, mixture_args, tinylora_args = options
     refuse_unread_options(recipe_args, training_args, model_args)
     refuse_quantization_options(model_args, training_args.use_vllm)

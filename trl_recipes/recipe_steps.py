@@ -171,8 +171,13 @@ def write_report(
     Returns:
         The adapter as it was saved, and its card; `None` of a baseline, which has no card.
     """
-    recipe_args, training_args, _, mixture_args, _ = options
+    recipe_args, training_args, *_ = options
     output_dir = Path(str(training_args.output_dir))
+    has_config_file = write_recipe_file(output_dir, sys.argv, command_line(training_args.world_size))
+    report = None
+    if recipe_args.method == "tinylora":
+        report = _write_tinylora_card(curve, held_out, settings, has_config_file, options)
+    # The last file of a run: without it, one that was killed goes on (`finished_in`).
     draw_curve(
         output_dir / f"{curve.column}_curve.csv",
         output_dir / f"{curve.column}_curve.png",
@@ -182,16 +187,20 @@ def write_report(
         held_out.after,
         is_share=curve.is_share,
     )
-    command = command_line(training_args.world_size)
-    has_config_file = write_recipe_file(output_dir, sys.argv, command)
-    if recipe_args.method != "tinylora":
-        return None
+    return report
+
+
+def _write_tinylora_card(
+    curve: Curve, held_out: HeldOut, settings: Mapping[str, object], has_config_file: bool, options: Options
+) -> tuple[Description, ModelCard]:
+    recipe_args, training_args, _, mixture_args, _ = options
+    output_dir = Path(str(training_args.output_dir))
     training = Training(
         method=curve.recipe,
         datasets=dataset_names(recipe_args, mixture_args),
         curve=curve.column,
         settings=dict(settings),
-        command=command,
+        command=command_line(training_args.world_size),
         has_config_file=has_config_file,
     )
     evaluation = evaluation_of(

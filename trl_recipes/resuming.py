@@ -13,6 +13,7 @@ place; tests/recipes/test_resume.py shows each with their own trainers:
 import hashlib
 import json
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -36,6 +37,7 @@ from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 from peft_tinylora import TinyLoraError
 from trl_recipes.arguments import RecipeError
 from trl_recipes.checkpoints import UNFINISHED, choose, differences, publish, read_marker, rotate, tidy
+from trl_recipes.ending import STOPPED, StopWhenAsked
 
 
 # Of Trainer's and of TRL's trainers, where they have them: what lives from step to step. Not public.
@@ -45,6 +47,8 @@ IMMATERIAL = (
     *("output_dir", "run_name", "report_to", "project", "trackio", "logging_", "log_", "num_completions_to_print"),
     *("save_", "hub_", "push_to_hub", "resume_from_checkpoint", "disable_tqdm", "dataloader_", "vllm_server", "ddp_"),
 )
+# How GRPO's completions are split among steps: where one of these was changed, those in a checkpoint fit no more.
+SPLITS = ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation", "num_iterations")
 
 
 class ResumableTrainer(Trainer):
@@ -65,6 +69,8 @@ class ResumableTrainer(Trainer):
         self.order = DataOrder()
         self.recipe_settings: dict[str, Any] = {}  # what the recipe was set to beside `args`; compared as they are
         self.add_callback(BetweenSteps(self))
+        self._stop = StopWhenAsked()
+        self.add_callback(self._stop)
 
     def checkpoint_to_resume(self) -> Path | None:
         """
@@ -115,13 +121,22 @@ class ResumableTrainer(Trainer):
         return checkpoint
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """As [`~transformers.Trainer.train`], from what [`checkpoint_to_resume`] returned."""
+        """As [`~transformers.Trainer.train`], from what [`checkpoint_to_resume`] returned; SIGTERM: see ending.py."""
         checkpoint = None if resume_from_checkpoint is None else str(resume_from_checkpoint)
         self._resumes_from = None if checkpoint is None else Path(checkpoint)
         try:
-            return super().train(checkpoint, *args, **kwargs)
+            with self._stop.listening():
+                result = super().train(checkpoint, *args, **kwargs)
         except TinyLoraError as error:  # another base, another quantization of it
             raise RecipeError(f"{checkpoint}: {error}" if checkpoint else str(error)) from error
+        if self._stop.has_stopped:
+            self.accelerator.print(
+                f"stopped by SIGTERM after step {self.state.global_step} of {self.state.max_steps}, which is saved: go on by "
+                "resume_from_checkpoint: true",
+                flush=True,
+            )
+            sys.exit(STOPPED)
+        return result
 
     def restore(self) -> None:
         """Gets back what was held at the checkpoint that [`train`] goes on from; [`BetweenSteps`] calls it."""
@@ -225,7 +240,10 @@ class ResumableGRPOTrainer(ResumableTrainer, GRPOTrainer):
 
     def _restore_between_steps(self, held: Mapping[str, Any]) -> None:
         super()._restore_between_steps(held)
-        self._step, self._buffered_inputs = held["step"], held["completions"]
+        assert self._resumes_from is not None
+        there, here = read_marker(self._resumes_from)["settings"], settings_of(self)
+        if all(there.get(name) == here[name] for name in SPLITS):
+            self._step, self._buffered_inputs = held["step"], held["completions"]
 
 
 class ResumableSFTTrainer(ResumableTrainer, SFTTrainer):

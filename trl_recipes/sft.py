@@ -11,7 +11,7 @@ recipe.yaml (what was set), loss_curve.csv and loss_curve.png. With `push_to_hub
 Hub, as one commit. The last line of stdout is one JSON object with the result.
 
 With `save_steps`, a run that was killed at any point goes on by `resume_from_checkpoint: true`, and ends with the same numbers
-(resuming.py).
+(resuming.py). After SIGTERM it finishes its step, saves a checkpoint and exits with status 143 (ending.py).
 
 parse -> data -> model -> trainer -> train -> save -> push
 """
@@ -44,6 +44,7 @@ from trl_recipes.arguments import (  # noqa: E402
     run_script,
 )
 from trl_recipes.callbacks import LOSS_COLUMNS, LOSS_PROGRESS  # noqa: E402
+from trl_recipes.ending import explained  # noqa: E402
 from trl_recipes.held_out import HeldOut  # noqa: E402
 from trl_recipes.methods import peft_config_of, refuse_unread_options  # noqa: E402
 from trl_recipes.problems import (  # noqa: E402
@@ -74,10 +75,15 @@ CURVE = Curve("SFT", "loss", LOSS_COLUMNS, LOSS_PROGRESS)
 
 
 def main() -> None:
-    """Runs the recipe, top to bottom."""
-    # --- parse
+    """Parses the options and runs the recipe with them."""
     hide_known_noise()
     options: Options[SFTArguments, SFTConfig] = Options(*parse(ARGUMENT_CLASSES, USAGE))
+    with explained(options.training):
+        run(options)
+
+
+def run(options: Options[SFTArguments, SFTConfig]) -> None:
+    """Runs the recipe, top to bottom."""
     recipe_args, training_args, model_args, mixture_args, tinylora_args = options
     refuse_unread_options(recipe_args, training_args, model_args)
     refuse_quantization_options(model_args)

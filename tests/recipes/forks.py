@@ -20,7 +20,9 @@ def fork(work: Callable[[], None], log: Path | None = None) -> int:
         work()
         status = 0
     except SystemExit as error:
-        print(error, file=sys.stderr)
+        status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error, file=sys.stderr)
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
     finally:
