@@ -138,7 +138,7 @@ def test_recipes_look_before_they_import(recipe: str) -> None:
 def test_the_suite_passed_with_oldest(record_property) -> None:
     for name, version in all_lower_bounds().items():
         found = Version(importlib.metadata.version(name))
-        assert found.release[:3] == (*Version(version).release, 0, 0)[:3], f"{name} {found}"
+        assert Version(found.public) == Version(version), f"{name} {found}"  # whatever the build
     record_property("versions tested", len(all_lower_bounds()))
 
 
