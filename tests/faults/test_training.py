@@ -126,10 +126,15 @@ class Runs:
             whole = checkpoints_in(self.folder(name))
             assert (f"resume_from_checkpoint='{whole[-1]}'" if whole else "start again") in broken.error, fault
 
+    def is_finished(self, name: str) -> bool:
+        """Whether its last file is there: what comes then is printed only."""
+        return any(self.folder(name).glob("*_curve.png"))
+
     def as_left_alone(self, recipe: str, name: str, fault: object) -> None:
         """A run that was broken, and goes on to its end, leaves what the one does that was left alone."""
-        resumed = self.go(recipe, name)
-        assert resumed.status == 0, (fault, resumed.log)
+        if not self.is_finished(name):
+            resumed = self.go(recipe, name)
+            assert resumed.status == 0, (fault, resumed.log)
         assert self.left(name) == self.left(f"whole-{recipe}"), fault
 
 
@@ -155,12 +160,10 @@ def filled(runs: Runs, recipe: str, disk: SmallDisk, share: float) -> bool:
     broken = runs.go(recipe, "full")
     disk.remount("size=1g")
     fault = f"full at {share} of {pages} pages"
-    if broken.status == 0:  # there was room enough
-        assert runs.left("full") == runs.left(f"whole-{recipe}"), fault
-        return False
-    runs.survived(recipe, "full", fault, broken)
+    if broken.status:
+        runs.survived(recipe, "full", fault, broken)
     runs.as_left_alone(recipe, "full", fault)
-    return True
+    return broken.status != 0
 
 
 def test_a_run_that_is_ended_in_its_middle_says_so_and_goes_on(runs, record_property) -> None:
@@ -232,10 +235,9 @@ def test_runs_that_are_broken_at_random_points_again_and_again(runs, points: Poi
                 break
             runs.survived(recipe, name, faults[-1], broken)
             survived += 1
-        if broken.status == 0:
-            assert runs.left(name) == runs.left(f"whole-{recipe}"), faults
-        else:
-            runs.as_left_alone(recipe, name, faults)
+            if runs.is_finished(name):
+                break
+        runs.as_left_alone(recipe, name, faults)
         shutil.rmtree(runs.root / name)
     record_property("kills survived", survived)
 
