@@ -7,7 +7,7 @@
         methods.py, lora_xs.py                 what is trained: a TinyLoRA, or one of the paper's baselines
         trainer_setup.py, sharding.py          what a TRL trainer must be checked for; many processes
         rollouts.py, vllm_servers.py, vllm_requests.py    completions from vLLM
-        checkpoints.py, resuming.py            checkpoints that are whole, and runs that go on to the bit
+        checkpoints.py, resuming.py, ending.py checkpoints that are whole, runs that go on to the bit, and how one ends early
         callbacks.py, reporting.py, publishing.py    progress and curves; what is said at the end; what is pushed
     score.py          share of problems solved; as a script, an evaluation with its controls, of
         score_arguments.py, benchmark_sets.py  what can be set; the benchmarks by name
@@ -15,6 +15,7 @@
         completing.py, variants.py             prompts -> completions: of the adapter, its zero and the base
         answer_log.py, evaluation.py           all of them, on disk as they come
         paired.py, evaluation_report.py        accuracies, differences, tables, the card
+    errors.py, yaml_files.py                   what the user can mend, in one line; YAML that nobody vouches for
     sweep.py          many runs, of sweep_file.py (YAML -> runs) and sweep_run.py (a run, its result)
     figures.py        pictures of sweeps, of figure_spec.py, figure_results.py, figure_tables.py and figure_drawing.py
 
