@@ -1,9 +1,10 @@
 """TinyLoRA for the Hugging Face ecosystem: a fine-tune in 13 numbers.
 
 Importing this package puts its tuner behind PEFT's TINYLORA; see register.py. Read the files in the order of the
-data's way: versions, internals, errors, trouble; weight, gather, original -> triplets, basis -> basis_cache, build -> projection, tying -> vector -> delta, thin,
-product -> layer, linear, embedding, experts -> model -> fingerprint, compact, checkpoint -> merging -> mixed, bank,
-combine -> adapter_files, untrusted, describe -> export, card, published, hub -> inline, served, vllm.
+data's way: versions, internals, errors, trouble; weight, gather, original -> triplets, basis -> basis_cache, build ->
+projection, tying -> vector -> delta, thin, product -> layer, linear, embedding, experts -> model -> fingerprint, compact,
+checkpoint -> merging -> mixed, bank, combine -> adapter_files, untrusted, describe -> export, card, published, hub ->
+inline, served, vllm.
 
 Method: "Learning to Reason in 13 Parameters", https://huggingface.co/papers/2602.04118
 """
