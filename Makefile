@@ -8,8 +8,8 @@
 # JOBS              runs at a time in `make figures`, 2 by default; each takes one thread
 # VERSIONS          what `make test-versions` runs the tests with: `oldest` (pyproject.toml's lower bounds), `newest` (of
 #                   the package index) or `main` (the main branches of PEFT, TRL, transformers and accelerate)
-# ARGS              more arguments for pytest in `make test`, `test-versions`, `test-peft`, `test-backends`, `test-zero3` and
-#                   `test-vllm`, or for `make bench`, `benchmark` and `benchmark-basis`
+# ARGS              more arguments for pytest in `make test`, `robustness`, `test-versions`, `test-peft`, `test-backends`,
+#                   `test-zero3` and `test-vllm`, or for `make bench`, `benchmark` and `benchmark-basis`
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
@@ -37,7 +37,7 @@ endef
 # Taken before anything is installed: the demo's total_seconds starts here.
 export TINYLORA_DEMO_START := $(shell date +%s)
 
-.PHONY: setup demo demo-4bit cards figures docs test test-versions test-peft test-backends test-zero3 test-vllm bench benchmark benchmark-basis quality style clean
+.PHONY: setup demo demo-4bit cards figures docs test robustness test-versions test-peft test-backends test-zero3 test-vllm bench benchmark benchmark-basis quality style clean
 
 setup: $(STAMP)
 	@echo "setup: $(VENV) is up to date"
@@ -103,6 +103,19 @@ test: setup
 	@echo "test: the offline CPU tests, a file at a time on each core"
 	@$(VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
+# What breaks things, at length: faults at random points, inputs by the hundred thousand, every block of the pages, and the
+# tests with other versions of the libraries. The last lines are what was counted, in all of it.
+TALLY := outputs/tally.json
+robustness: export TINYLORA_TALLY := $(CURDIR)/$(TALLY)
+robustness: setup
+	@rm -f $(TALLY)
+	@$(PIP) install -qq atheris || echo "robustness: no atheris for this Python or system: without the guided inputs"
+	@$(VENV)/bin/python -m pytest -n auto -m "not gpu and not vllm" tests/faults tests/fuzz tests/hub/test_documents.py \
+	    tests/recipes/test_resume.py tests/test_long_run.py tests/test_extremes.py $(ARGS)
+	@for versions in oldest newest; do $(MAKE) --no-print-directory test-versions VERSIONS=$$versions ARGS= || exit 1; done
+	@echo "robustness: nothing was lost and nothing accepted wrongly in"
+	@$(VENV)/bin/python tests/tally.py $(TALLY)
+
 # Each in an environment of its own, brought up to date every time. PyTorch's index is asked beside pip's own: of one
 # release, pip prefers the CPU build. What it passed with is counted last, if all of it passed.
 VERSIONS_oldest := -c $(VERSIONS_VENV)/oldest.txt
@@ -117,7 +130,7 @@ test-versions:
 	echo "test-versions: installing the $(VERSIONS) versions into $(VERSIONS_VENV) (some minutes)"; \
 	$(VERSIONS_VENV)/bin/python -m pip --disable-pip-version-check install -qq $${index:+--extra-index-url "$$index"} \
 	    $(VERSIONS_$(VERSIONS)) -e '.[recipes,quantization,dev]'
-	@$(VERSIONS_VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+	@env -u TINYLORA_TALLY $(VERSIONS_VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 	@TINYLORA_VERSIONS=$(VERSIONS) $(VERSIONS_VENV)/bin/python -m pytest tests/test_versions.py -k passed_with_$(VERSIONS)
 
 # PEFT's own tests for its TinyLoRA, run on this one. Needs PyPI the first time.
