@@ -1,13 +1,15 @@
 """What docs/troubleshooting.md quotes, provoked: each function does what a user does wrong, in a folder of its own."""
 
+import errno
+import importlib.metadata
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
-import peft
 import pytest
 import torch
 from huggingface_hub import HfApi
@@ -17,12 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from trl import GRPOConfig, ModelConfig
 
 import peft_tinylora
-from peft_tinylora import AdapterBank, TinyLoraConfig, plan
+from peft_tinylora import AdapterBank, TinyLoraConfig, plan, versions
 from peft_tinylora.adapter_files import explained
 from peft_tinylora.hub import public_base, refuse_tokens
 from peft_tinylora.inline import inline_adapter_of_folder
+from peft_tinylora.trouble import disk_trouble_named
 from peft_tinylora.vllm.settings import read_settings
-from trl_recipes import arguments
+from trl_recipes import arguments, ending
 from trl_recipes.arguments import GRPOArguments, TinyLoraArguments, parse, refuse_lora_options
 from trl_recipes.methods import refuse_unread_options
 from trl_recipes.problems import check_chat, check_columns, load_rows
@@ -66,14 +69,24 @@ def edit(folder: Path, **fields: object) -> None:
 
 @provoked
 def an_old_peft() -> None:
+    version = importlib.metadata.version
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(peft, "__version__", "0.20.0")
-        peft_tinylora.unregister()
-        try:
-            peft_tinylora.register()
-        finally:
-            patch.undo()
-            peft_tinylora.register()
+        patch.setattr(importlib.metadata, "version", lambda name: "0.20.0" if name == "peft" else version(name))
+        versions.check_libraries()
+
+
+@provoked
+def a_full_disk() -> None:
+    with disk_trouble_named("/home/ada/outputs"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@provoked
+def too_little_memory() -> None:
+    sizes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_completion_length": 256}
+    options = SimpleNamespace(output_dir="outputs/mine", **sizes)
+    with ending.explained(options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
 @provoked

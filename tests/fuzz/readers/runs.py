@@ -13,7 +13,7 @@ from fuzz.harness import Reader, workplace
 
 from trl_recipes.arguments import ProblemArguments, RecipeError
 from trl_recipes.problems import load_rows, to_problems
-from trl_recipes.resuming import ResumableMixin
+from trl_recipes.resuming import ResumableTrainer
 from trl_recipes.rewards import completion_text
 
 
@@ -31,20 +31,20 @@ def between_steps() -> bytes:
     return file.getvalue()
 
 
-class Resumed(ResumableMixin):
-    """As much of a trainer as `_restore_between_steps` asks for."""
+class Resumed(ResumableTrainer):
+    """As much of a trainer as `restore` asks for."""
 
     def __init__(self, folder: Path) -> None:
         self._resumes_from = folder
         self.args = types.SimpleNamespace(device=torch.device("cpu"), process_index=0, world_size=1)
-        self._order = types.SimpleNamespace(restore=lambda state: None)
+        self.order = types.SimpleNamespace(restore=lambda state: None)
         self._metrics: dict[str, dict] = {"train": {}, "eval": {}}
 
 
 def resume(data: bytes) -> None:
     trainer = Resumed(workplace())
     (workplace() / trainer._between_steps_file()).write_bytes(data)
-    trainer._restore_between_steps()
+    trainer.restore()
 
 
 def read_rows(data: bytes) -> None:
