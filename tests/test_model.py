@@ -6,6 +6,7 @@ import io
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from support import TRANSFORMERS_REFUSES_PEFT, fill_vectors
 
@@ -13,6 +14,7 @@ from peft_tinylora import ConfigError, TinyLoraConfig, TinyLoraLayer, build, pro
 
 
 TILED = {"r": 2, "u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
+IS_TORCH_2_6 = Version(torch.__version__).release[:2] == (2, 6)
 
 
 def trained_names(model: torch.nn.Module) -> list[str]:
@@ -202,6 +204,7 @@ def test_generate_follows_the_adapter(tiny_llama, tokens) -> None:
     assert torch.equal(by_cache, ids)
 
 
+@pytest.mark.skipif(IS_TORCH_2_6, reason="torch 2.6 cannot trace transformers' models, adapter or not")
 def test_torch_compile_is_one_graph_while_v_changes(tiny_llama, tokens) -> None:
     from torch._dynamo.testing import CompileCounter
 
@@ -218,6 +221,7 @@ def test_torch_compile_is_one_graph_while_v_changes(tiny_llama, tokens) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.skipif(IS_TORCH_2_6, reason="torch 2.6 cannot trace transformers' models, adapter or not")
 def test_torch_export_takes_v_along(tiny_llama, tokens) -> None:
     model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED)).eval()
     fill_vectors(model, 0.3)

@@ -165,3 +165,13 @@ def test_a_steep_spectrum_is_resolved() -> None:
     W = orthogonal(n).double() * S @ orthogonal(n).double().T
     found = leading_triplets(W, 2)
     assert found.angle <= ANGLE and sines(W, found).max() < 1e-6
+
+
+def test_without_an_accelerator_torch_is_not_asked_which(monkeypatch) -> None:
+    def raises() -> None:  # as torch 2.6 does
+        raise RuntimeError("Cannot access accelerator device when none is available.")
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", raises)
+    with exact_products():
+        assert torch.get_float32_matmul_precision() == "highest"
