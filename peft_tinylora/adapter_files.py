@@ -149,7 +149,7 @@ def read_fields(path: str | Path) -> dict[str, Any]:
             "saved with."
         )
     try:
-        fields = json.loads(Path(path).read_bytes(), object_pairs_hook=_without_repeats)
+        fields = json.loads(Path(path).read_bytes().decode("utf-8"), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise AdapterFileError(f"{path} is no JSON ({first_line(error)}): save or download it again.") from error
     if not isinstance(fields, dict):

@@ -1,7 +1,6 @@
 """An adapter's folder -> what it is, in words and numbers, without its base model."""
 
 import base64
-import binascii
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +105,7 @@ def count_of_modules(config: TinyLoraConfig) -> int | None:
     """How many modules the fingerprint of a compact file is of; `None` where their ranks differ."""
     try:
         numbers = len(base64.b64decode(fingerprint_of(config)["modules"], validate=True)) // 2
-    except binascii.Error:
+    except ValueError:
         return None
     modules, rest = divmod(numbers, 2 * config.r + 1)
     return None if rest else modules

@@ -138,6 +138,10 @@ def read_whole_rows(path: Path) -> pd.DataFrame:
     if len(rows) < 2:
         return pd.DataFrame()
     header, *rows = rows
+    if repeated := [name for name in header if header.count(name) > 1]:
+        raise RecipeError(
+            f"{path}: the column {in_one_line(repr(repeated[0]))} is there twice: is it the CSV of one run?"
+        )
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise RecipeError(

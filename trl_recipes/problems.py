@@ -11,9 +11,9 @@ import re
 from pathlib import Path
 
 from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
-from datasets.exceptions import DatasetsError
 from trl import DatasetMixtureConfig, get_dataset
 
+from peft_tinylora.errors import first_line
 from trl_recipes.answers import gold_answer
 from trl_recipes.arguments import ProblemArguments, RecipeArguments, RecipeError, SFTArguments
 from trl_recipes.errors import in_one_line
@@ -60,7 +60,9 @@ def load_rows(
             raise RecipeError(f"no dataset file {name!r} (looked from {Path.cwd()}): check the path.")
         try:
             return load_dataset(file_format, data_files=name, split="train", streaming=streaming)
-        except (DatasetsError, OSError, ValueError, TypeError, LookupError) as error:
+        except StopIteration as error:  # what datasets has for an empty file
+            raise RecipeError(f"the dataset file {name!r} has no rows.") from error
+        except Exception as error:  # datasets and pyarrow have many for a file that is damaged
             raise RecipeError(f"the dataset file {name!r} cannot be read: {reason_of(error)}") from error
     try:
         if hub_file is not None:
@@ -279,8 +281,3 @@ def reason_of(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return in_one_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """Returns an error's first line, or its class where it says nothing."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__

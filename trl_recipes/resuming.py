@@ -192,7 +192,8 @@ class ResumableTrainer(Trainer):
         path = checkpoint / self._between_steps_file()
         try:
             held = torch.load(path, map_location=device, weights_only=True)
-            return held | {"order": dict(held["order"])}
+            metrics = {mode: dict(held["metrics"][mode]) for mode in self._metrics}
+            return held | {"order": dict(held["order"]), "metrics": metrics}
         except Exception as error:  # torch has many for a file that is damaged
             raise RecipeError(
                 f"{path} is damaged ({type(error).__name__}): name another checkpoint by resume_from_checkpoint."

@@ -58,7 +58,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings | Non
         if entry != INLINE:
             name, source = _source(entry)
             if sources.setdefault(name, source) != source:
-                raise ConfigError(f"{VARIABLE}: {name!r} stands there twice, with other folders.")
+                raise ConfigError(f"{VARIABLE}: {_shown(name)} stands there twice, with other folders.")
     return Settings(
         sources,
         INLINE in entries,
@@ -73,15 +73,19 @@ def _source(entry: str) -> tuple[str, str]:
     name, has_folder, folder = (part.strip() for part in entry.partition("="))
     if has_folder:
         if name == INLINE or name.startswith(PREFIX):
-            raise ConfigError(f"{VARIABLE}: {entry!r}: {INLINE!r} and {PREFIX!r} stand for adapters in the request.")
-        if not name or not folder or not Path(folder).is_dir():
-            raise ConfigError(f"{VARIABLE}: {entry!r} names no folder of this machine: NAME=FOLDER, or a Hub id.")
+            raise ConfigError(
+                f"{VARIABLE}: {_shown(entry)}: {INLINE!r} and {PREFIX!r} stand for adapters in the request."
+            )
+        if not name or not folder or not os.path.isdir(folder):  # pathlib's raises where a name is too long
+            raise ConfigError(
+                f"{VARIABLE}: {_shown(entry)} names no folder of this machine: NAME=FOLDER, or a Hub id."
+            )
         return name, str(Path(folder).resolve())
     try:
         validate_repo_id(entry)
     except HFValidationError as error:
         raise ConfigError(
-            f"{VARIABLE}: {entry!r} is neither `{INLINE}`, nor NAME=FOLDER, nor a Hub id like 'user/name'."
+            f"{VARIABLE}: {_shown(entry)} is neither `{INLINE}`, nor NAME=FOLDER, nor a Hub id like 'user/name'."
         ) from error
     return entry, entry
 
@@ -91,3 +95,7 @@ def _positive(environment: Mapping[str, str], variable: str, default: int) -> in
     if not re.fullmatch(r"[1-9][0-9]{0,8}", value):
         raise ConfigError(f"{variable}={value[:40]!r}: must be a positive integer of at most 9 digits.")
     return int(value)
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 80 else f"{text[:80]}...")

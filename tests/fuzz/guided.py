@@ -52,7 +52,8 @@ def run(name: str, runs: int, seed: int) -> int:
             (corpus / f"seed-{index}").write_bytes(data)
         tokens.write_text("".join(f'"{as_token(token)}"\n' for token in reader.tokens if 0 < len(token) <= 64))
         options = [f"-runs={runs}", f"-seed={seed}", f"-max_len={LONGEST}", f"-timeout={SECONDS_FOR_ONE}"]
-        options += [f"-rss_limit_mb={MOST_MEGABYTES}", f"-dict={tokens}", "-print_final_stats=1", "-verbosity=0"]
+        options += [f"-rss_limit_mb={MOST_MEGABYTES}", "-print_final_stats=1", "-verbosity=0"]
+        options += [f"-dict={tokens}"] * (tokens.stat().st_size > 0)  # libFuzzer refuses an empty one
         done = subprocess.run(
             [sys.executable, "-W", "ignore", __file__, *options, str(corpus)],
             stdout=subprocess.PIPE,

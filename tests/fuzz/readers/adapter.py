@@ -162,6 +162,14 @@ PEFTS = (
 )
 
 
+def of_our_kind(files: Files) -> bool:
+    """Whether PEFT leaves an adapter to this package, or has an error of its own for an unknown kind."""
+    try:
+        return json.loads(files[CONFIG_FILE])["peft_type"] == "TINYLORA"
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
 def with_pefts_own(read: Callable[[Files], None]) -> Callable[[Files], None]:
     def checked(files: Files) -> None:
         try:
@@ -169,8 +177,8 @@ def with_pefts_own(read: Callable[[Files], None]) -> Callable[[Files], None]:
                 read(files)
         except TinyLoraError:
             raise
-        except ValueError as error:
-            if str(error).startswith(PEFTS):
+        except (ValueError, TypeError, KeyError) as error:
+            if str(error).startswith(PEFTS) or not of_our_kind(files):
                 raise PeftsOwn(" ".join(str(error).split())[:500]) from error
             raise
 

@@ -17,6 +17,8 @@ def parse_recipe(data: bytes) -> None:
         parse(
             (GRPOArguments, ModelConfig, TinyLoraArguments), "usage", ["--config", str(written("recipe.yaml", data))]
         )
+    except SystemExit as stop:
+        assert stop.code == 2  # argparse's, with one line on stderr: a value of another type
     finally:  # `env` of a recipe sets variables
         os.environ.clear()
         os.environ.update(before)

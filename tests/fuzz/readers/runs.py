@@ -1,7 +1,6 @@
 """What a trainer held from step to step (resuming.py), the rows that it trains on (problems.py), and messages (rewards.py)."""
 
 import io
-import json
 import shutil
 import types
 from pathlib import Path
@@ -14,7 +13,6 @@ from fuzz.harness import Reader, workplace
 from trl_recipes.arguments import ProblemArguments, RecipeError
 from trl_recipes.problems import load_rows, to_problems
 from trl_recipes.resuming import ResumableTrainer
-from trl_recipes.rewards import completion_text
 
 
 ROWS = b'{"prompt": "1 + 1 =", "answer": "2"}\n{"prompt": "2 + 2 =", "answer": "#### 4"}\n'
@@ -24,7 +22,7 @@ def between_steps() -> bytes:
     held = {
         "_tr_loss": torch.tensor(0.5),
         "order": {"torch": torch.get_rng_state()},
-        "metrics": {"train": {"a": [1.0]}},
+        "metrics": {"train": {"a": [1.0]}, "eval": {}},
     }
     file = io.BytesIO()
     torch.save(held, file)
@@ -60,18 +58,6 @@ def read_rows(data: bytes) -> None:
         shutil.rmtree(workplace() / "datasets", ignore_errors=True)
 
 
-def read_message(data: bytes) -> None:
-    """A completion as TRL hands it to a reward: a text or messages."""
-    try:
-        message = json.loads(data)
-    except (ValueError, RecursionError):
-        return
-    if isinstance(message, str) or (
-        isinstance(message, list) and all(isinstance(one, dict) and "content" in one for one in message)
-    ):
-        assert isinstance(completion_text(message), str)
-
-
 READERS = [
     Reader(
         "between_steps",
@@ -81,12 +67,12 @@ READERS = [
         (b"c__builtin__\neval\n", b"cos\nsystem\n", b"."),
     ),
     Reader(
-        "rows", read_rows, (RecipeError,), lambda: [ROWS], (b'"prompt": ', b"[1]\n", b"\x00", b"{}\n"), is_slow=True
-    ),
-    Reader(
-        "message",
-        read_message,
-        (),
-        lambda: [b'[{"role": "assistant", "content": [{"type": "text", "text": "3"}]}]', b'"3"'],
+        "rows",
+        read_rows,
+        (RecipeError,),
+        lambda: [ROWS],
+        (b'"prompt": ', b"[1]\n", b"\x00", b"{}\n"),
+        found=(b"",),
+        is_slow=True,
     ),
 ]

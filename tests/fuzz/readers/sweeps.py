@@ -137,7 +137,7 @@ READERS = [
         (RecipeError,),
         lambda: [CURVE],
         (b"inf", b"nan", b'"', b"\x0b"),
-        (b"\x0btep,reward\n1,0.5\n",),
+        (b"\x0btep,reward\n1,0.5\n", b"step,reward,reward\n1,2,0.75\n"),
         is_slow=True,
     ),
 ]
