@@ -98,4 +98,4 @@ def _positive(environment: Mapping[str, str], variable: str, default: int) -> in
 
 
 def _shown(text: str) -> str:
-    return repr(text if len(text) <= 80 else f"{text[:80]}...")
+    return repr(text if len(text) <= 200 else f"{text[:200]}...")
