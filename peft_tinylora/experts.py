@@ -42,6 +42,10 @@ class AdaptedWeight:
         """As `torch.Tensor.size`."""
         return self.shape[dim]
 
+    def data_ptr(self) -> int:
+        """As `torch.Tensor.data_ptr`: transformers looks at its alignment before it takes torch's own product, up to torch 2.10."""
+        return self.weight.data_ptr()
+
     def transpose(self, dim0: int, dim1: int) -> "AdaptedWeight":
         """The last two dimensions exchanged."""
         if sorted(dim % len(self.shape) for dim in (dim0, dim1)) != [len(self.shape) - 2, len(self.shape) - 1]:
