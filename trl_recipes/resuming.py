@@ -13,6 +13,7 @@ place; tests/recipes/test_resume.py shows each with their own trainers:
 import hashlib
 import json
 import os
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Mapping
@@ -117,6 +118,8 @@ class ResumableTrainer(Trainer):
                 f"{checkpoint} is that of another run: {other}. Set it back, choose another output_dir, or go on from it all "
                 f"the same by resume_from_checkpoint={str(checkpoint)!r}."
             )
+        if args.should_save and str(args.resume_from_checkpoint).lower() == "true":
+            self._rotate(checkpoint)  # a run that ended after its last checkpoint and before this has one too many
         self.accelerator.print(f"resuming from {checkpoint}" + (f", another run's: {other}" if other else ""))
         return checkpoint
 
@@ -172,10 +175,14 @@ class ResumableTrainer(Trainer):
             if is_best:
                 self.state.save_to_json(str(unfinished / "trainer_state.json"))
             publish(unfinished, place, {"settings": settings_of(self), "adapter": adapter_of(self)})
-            best = self.state.best_model_checkpoint
-            rotate(folder, self.args.save_total_limit, {place} | ({Path(best)} if best else set()))
-            (folder / UNFINISHED).rmdir()
+            self._rotate(place)
         self.accelerator.wait_for_everyone()  # nobody writes the next one before
+
+    def _rotate(self, newest: Path) -> None:
+        state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
+        best = {Path(state.best_model_checkpoint)} if state.best_model_checkpoint else set()
+        rotate(newest.parent, self.args.save_total_limit, {newest} | best)
+        shutil.rmtree(newest.parent / UNFINISHED, ignore_errors=True)
 
     def _between_steps_file(self) -> str:
         return f"between_steps_{self.args.process_index}_of_{self.args.world_size}.pt"

@@ -171,6 +171,7 @@ def test_a_run_that_is_ended_in_its_middle_says_so_and_goes_on(runs, record_prop
         Fault("term", "backward", 2),
         Fault("memory", "backward", 3),
         Fault("readonly", "file", 30),
+        Fault("kill", "rename", 7),  # the last checkpoint is in its place, and the oldest not gone yet
     ]
     for index, fault in enumerate(faults):
         runs.left_alone("sft")
