@@ -17,17 +17,17 @@ LIBRARIES = {
     "transformers": ">=5.7.0",
     "torch": ">=2.6",
     "safetensors": ">=0.5.0",
-    "huggingface_hub": ">=1.5.0",
+    "huggingface_hub": ">=1.31.0",
 }
 LIBRARIES_OF_RECIPES = {
     "trl": ">=1.16.0",
     "accelerate": ">=1.10.1",
     "datasets": ">=4.7.0",
     "math-verify": ">=0.8.0",
-    "matplotlib": ">=3.9",
+    "matplotlib": ">=3.10.8",
     "pandas": ">=2.2.2",
     "scipy": ">=1.13",
-    "pydantic": ">=2",
+    "pydantic": ">=2.12",
     "openai": ">=2.25.0",
 }
 

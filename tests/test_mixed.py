@@ -273,6 +273,9 @@ def test_nothing_stays_after_an_error(tiny_llama, tokens) -> None:
     assert not model.tinylora_v.mixed_batches
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 cannot trace transformers' models, adapter or not"
+)
 def test_compiled_model(tiny_llama, tokens) -> None:
     model = with_adapters(tiny_llama())
     expected = model(tokens, adapter_names=NAMES).logits

@@ -91,9 +91,9 @@ class Runs:
         """What a finished run left, but for times and its own name."""
         run = self.folder(name)
         [curve] = run.glob("*_curve.csv")
-        *older, _, last = checkpoints_in(run)  # older ones where the disk was read-only when they should have gone
+        last = checkpoints_in(run)[-1]
         return {
-            "files": sorted(path.name for path in run.iterdir() if path not in older),
+            "files": sorted(path.name for path in run.iterdir()),
             "v": (run / "adapter_model.safetensors").read_bytes(),
             "curve": curve.read_text(),
             "last checkpoint": (last.name, (last / "optimizer.pt").read_bytes()),

@@ -30,6 +30,7 @@ from trl_recipes.rewards import exact_match_reward
 pytestmark = pytest.mark.recipe
 LEARNING_RATE = 0.5  # of SGD, whose step is the gradient itself: Adam's first is its sign
 TEMPERATURE = 2.0  # of completions, so that they end in one process sooner than in the other
+IS_TORCH_2_6 = torch.__version__.startswith("2.6.")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 # What the files need in order to run on a CPU: options of the launcher, the device of watched.py, options of the recipe.
 ON_A_CPU = {
@@ -40,7 +41,7 @@ ON_A_CPU = {
 }
 WAYS = [
     "multi_gpu",
-    "fsdp2",
+    pytest.param("fsdp2", marks=pytest.mark.skipif(IS_TORCH_2_6, reason="torch 2.6 has no FSDP2 on a CPU")),
     pytest.param("zero3", marks=pytest.mark.skipif(not HAS_DEEPSPEED, reason="needs DeepSpeed: make test-zero3")),
 ]
 
