@@ -21,7 +21,7 @@ from hub.machine import (
     refused,
 )
 from safetensors.torch import load, load_file, save
-from support import warm_python
+from support import TRANSFORMERS_REFUSES_PEFT, warm_python
 from transformers import AutoTokenizer
 
 
@@ -266,14 +266,17 @@ def test_a_folder_of_the_same_name_is_not_taken_for_the_repository(hub, trainer,
     assert not (folder / "user" / "unsound").exists()
 
 
-def test_the_push_of_peft_and_of_transformers_can_be_loaded_too(hub, trainer, user, adapter, here) -> None:
+def test_the_push_of_peft_can_be_loaded_too(hub, trainer, user, adapter, here) -> None:
     trainer.script(
         "from transformers import AutoModelForCausalLM\nfrom peft import PeftModel\n"
         "base = AutoModelForCausalLM.from_pretrained('user/base')\n"
         f"PeftModel.from_pretrained(base, {str(adapter)!r}).push_to_hub('user/x')"
     )
     assert by_id(user, "PeftModel")[0] == here[0]
-    del hub.repositories["user/x"]
+
+
+@pytest.mark.skipif(TRANSFORMERS_REFUSES_PEFT, reason="transformers wants a newer PEFT for its own adapter methods")
+def test_the_push_of_transformers_can_be_loaded_too(hub, trainer, user, adapter, here) -> None:
     trainer.script(
         "from transformers import AutoModelForCausalLM\nmodel = AutoModelForCausalLM.from_pretrained('user/base')\n"
         f"model.load_adapter({str(adapter)!r})\nmodel.push_to_hub('user/x')"
