@@ -77,15 +77,10 @@ def build_bases(requests: Sequence[Request], source: WeightSource, *, sigma: str
             wrong += request.key in kept
         bases[request.key] = basis
         del W  # before the next one is read
-        if (
-            path is not None
-            and computed
-            and time.monotonic() - written > SECONDS_BETWEEN_WRITES
-            and not basis.A.is_meta
-        ):
-            basis_cache.write(
-                path, kept | bases, source.base, source.form
-            )  # a kill now costs the modules since the last
+        is_due = computed and time.monotonic() - written > SECONDS_BETWEEN_WRITES
+        if is_due and path is not None and not basis.A.is_meta:
+            # So that a kill costs the modules since the last time.
+            basis_cache.write(path, kept | bases, source.base, source.form)
             written = time.monotonic()
     if wrong:
         logger.warning(

@@ -80,9 +80,8 @@ class Remembered(dict[str, LoRARequest]):
 
     def __contains__(self, name: object) -> bool:
         found = super().__contains__(name)
-        if (
-            found and isinstance(name, str) and name.startswith(PREFIX)
-        ):  # to the end: the first is the one that was not asked for longest
+        # To the end: the first is the one that was not asked for longest.
+        if found and isinstance(name, str) and name.startswith(PREFIX):
             self[name] = self.pop(name)
         return found
 

@@ -14,7 +14,8 @@ from support import TRANSFORMERS_REFUSES_PEFT, fill_vectors, make_tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from peft_tinylora import BasisMismatchError, MergeError, TinyLoraConfig, TinyLoraLayer
+from peft_tinylora import BasisMismatchError, MergeError, TinyLoraConfig
+from peft_tinylora.layer import layers_of
 
 
 pytestmark = [
@@ -64,10 +65,6 @@ def load_mergeable(backend, load) -> Callable[..., PreTrainedModel]:
 def adapt(base: PreTrainedModel, **fields: object) -> PeftModel:
     settings = {"r": 2, "u": 2, "tie": "tiled", "n_tie": 3, "target_modules": "all-linear"} | fields
     return get_peft_model(base, TinyLoraConfig(**settings)).eval()
-
-
-def layers_of(model: nn.Module) -> dict[str, TinyLoraLayer]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, TinyLoraLayer)}
 
 
 @torch.no_grad()
@@ -275,7 +272,7 @@ def test_a_second_adapter_and_switching(load, tokens):
 
 @torch.no_grad()
 def test_what_users_do_around_an_adapter(backend, load, tokens, tmp_path):
-    """low_cpu_mem_usage, deepcopy, transformers' own add_adapter and load_adapter, moving to the same device."""
+    """low_cpu_mem_usage, deepcopy, moving to the same device."""
     model = adapt(load())
     fill_vectors(model)
     expected = model(tokens).logits
@@ -289,12 +286,16 @@ def test_what_users_do_around_an_adapter(backend, load, tokens, tmp_path):
         model.unmerge_adapter()
     assert torch.equal(model(tokens).logits, expected)
 
-    if TRANSFORMERS_REFUSES_PEFT:
-        return
+
+@torch.no_grad()
+@pytest.mark.skipif(TRANSFORMERS_REFUSES_PEFT, reason="transformers wants a newer PEFT for its own adapter methods")
+def test_an_adapter_that_transformers_adds_is_that_of_peft(load, tokens):
+    model = adapt(load())
+    fill_vectors(model)
     base = load()
     base.add_adapter(model.peft_config["default"])
     fill_vectors(base)
-    assert torch.equal(base.eval()(tokens).logits, expected)
+    assert torch.equal(base.eval()(tokens).logits, model(tokens).logits)
 
 
 def test_prepare_model_for_kbit_training_and_gradient_checkpointing(load, tokens):
