@@ -1,6 +1,6 @@
 """What the frozen factors cost on a GPU: of one weight beside stock PEFT's SVD, and an adapter on a whole 7B.
 
-    python -m benchmarks.basis_gpu --output benchmarks/results/basis_gpu.md     # 2 minutes on an H200
+    python -m benchmarks.basis_gpu --output benchmarks/results/basis_gpu.md     # a minute on an H200
 
 The first table is that of basis.py, its weights and both projects on the GPU. The second creates an adapter of 13
 numbers on a random model of Qwen2.5-7B's shape, in bfloat16 and in NF4, beside LoRA. Stock PEFT's adapter is not in it:

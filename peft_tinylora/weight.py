@@ -155,8 +155,8 @@ def _check_bitsandbytes_reads(layer: nn.Module, name: str, backend: Quantization
     if Version(bitsandbytes.__version__) >= Version("0.49") and layer.in_features % state.blocksize:
         raise UnsupportedModuleError(
             f"Target module {name!r}: on a CPU, bitsandbytes {bitsandbytes.__version__} misreads 4-bit weights whose "
-            f"rows ({layer.in_features}) are no multiple of its block size ({state.blocksize}). Use bitsandbytes "
-            "0.48.2, a GPU, load_in_8bit, or a base model with other shapes."
+            f"rows ({layer.in_features}) are no multiple of its block size ({state.blocksize}). Use a GPU, "
+            "load_in_8bit, or a base model with other shapes."
         )
 
 
