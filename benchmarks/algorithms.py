@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.basis import exact_vectors, largest_sine, markdown, timed
 from benchmarks.basis_cell import RANK, STD, trained_like
+from benchmarks.report import publish
 from benchmarks.training import median_and_range, processor_name
 from peft_tinylora.triplets import (
     ANGLE,
@@ -222,10 +223,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"- r={RANK}, fp32; trained-like: as in benchmarks/basis.py; angle: sine of the largest principal angle, U and V, "
         "to exact vectors in float64",
     ]
-    text = "\n".join(head) + "".join(f"\n\n## {title}\n\n{section}" for title, section in sections.items()) + "\n"
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text)
+    publish("\n".join(head), sections, options.output)
 
 
 if __name__ == "__main__":

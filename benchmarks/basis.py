@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.basis_cell import RANK, STD, Cell, run_cell, save_base, seconds_of_others, trained_like
 from benchmarks.peak import PeakMemory
-from benchmarks.report import run_lines
+from benchmarks.report import publish, run_lines
 from benchmarks.training import median_and_range
 from benchmarks.training_cell import synchronize
 from peft_tinylora.basis import Basis, compute_basis
@@ -283,11 +283,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Files": files_table(small, large),
         "Memory while building": memory_table(results, compacted, largest_bytes),
     }
-    text = describe(argv, options.quick, seconds_of_others() - others_before, largest_bytes)
-    text += "".join(f"\n\n## {title}\n\n{section}" for title, section in sections.items()) + "\n"
-    print(text)
+    head = describe(argv, options.quick, seconds_of_others() - others_before, largest_bytes)
+    publish(head, sections, options.output)
     if options.output is not None:
-        options.output.write_text(text)
         progress(f"written to {options.output}")
 
 

@@ -20,7 +20,7 @@ from peft import PeftConfig, get_peft_model
 
 from benchmarks.basis import basis_tables, markdown, progress, timed
 from benchmarks.basis_cell import seconds_of_others
-from benchmarks.report import run_lines
+from benchmarks.report import publish, run_lines
 from benchmarks.shapes import shape_of
 from benchmarks.training import median_and_range
 from benchmarks.training_cell import lora, random_model, tinylora
@@ -76,10 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "- basis of one weight: as in basis_cpu.md, the weight on the GPU; a figure: median (smallest to largest)",
         f"- adapters: 13 numbers, r=2, all 196 linear layers; {ROUNDS} rounds in one process, the base already loaded",
     ]
-    text = "\n".join(lines) + "".join(f"\n\n## {title}\n\n{section}" for title, section in sections.items()) + "\n"
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text)
+    publish("\n".join(lines), sections, options.output)
 
 
 STARTED = time.perf_counter()

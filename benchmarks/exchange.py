@@ -30,7 +30,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from benchmarks.basis import markdown
 from benchmarks.basis_cell import seconds_of_others
-from benchmarks.report import run_lines
+from benchmarks.report import publish, run_lines
 from peft_tinylora import TinyLoraConfig
 
 
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cells = [sum(each[name, way][1] for each in received) / PROCESSES for way in ("by_ddp", "by_fsdp2")]
         lines.append([name, f"{numbers:,}", f"{4 * numbers:,}", *(f"{cell:,.0f}" for cell in cells)])
     parameters = sum(p.numel() for p in model_with(None).parameters())
-    text = "\n".join(
+    head = "\n".join(
         [
             "# Bytes that a process receives in a step",
             "",
@@ -161,12 +161,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"- a random Qwen2 of {parameters:,} numbers in fp32 ({4 * parameters:,} bytes); a batch of 2 x 16 tokens each",
             "",
             markdown(lines),
-            "",
         ]
     )
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text)
+    publish(head, {}, options.output)
 
 
 if __name__ == "__main__":

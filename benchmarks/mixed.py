@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.basis import markdown
 from benchmarks.basis_cell import seconds_of_others
 from benchmarks.peak import bytes_alive
-from benchmarks.report import run_lines
+from benchmarks.report import publish, run_lines
 from benchmarks.speed_cell import MODELS, Cell, base_model, lora, shared_copy
 from benchmarks.training import median_and_range
 from benchmarks.training_cell import tinylora
@@ -54,7 +54,7 @@ def with_bank(cell: Cell) -> tuple[PeftModel, AdapterBank]:
     return model, bank
 
 
-def with_loras(cell: Cell, base: nn.Module) -> nn.Module:
+def with_loras(base: nn.Module) -> nn.Module:
     """The base model with a LoRA of rank 2 for each row."""
     model = get_peft_model(shared_copy(base), lora(2), adapter_name="adapter 0")
     for i in range(1, ROWS):
@@ -67,7 +67,7 @@ def seconds_table(cell: Cell, rounds: int) -> str:
     ours, _ = with_bank(cell)
     base = ours.get_base_model()
     bare = shared_copy(base_model(cell))
-    loras = with_loras(cell, bare)
+    loras = with_loras(bare)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(base.config.vocab_size, (ROWS, cell.tokens), generator=generator).to(base.device)
 
@@ -193,11 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     cell = Cell(model, "float32", batch=ROWS, tokens=tokens, new_tokens=tokens, rounds=rounds, stock=False)
     others_before = seconds_of_others()
     sections = {"Time of a batch": seconds_table(cell, rounds), "Memory of resident adapters": memory_table(cell)}
-    text = describe(argv, cell, rounds, seconds_of_others() - others_before)
-    text += "".join(f"\n\n## {title}\n\n{section}" for title, section in sections.items()) + "\n"
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text)
+    publish(describe(argv, cell, rounds, seconds_of_others() - others_before), sections, options.output)
 
 
 STARTED = time.perf_counter()

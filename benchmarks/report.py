@@ -4,9 +4,10 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -35,3 +36,17 @@ def run_lines(
         f"- versions: {', '.join(f'{package} {version(package)}' for package in packages)}",
         f"- date: {datetime.now(UTC):%Y-%m-%d}",
     ]
+
+
+def publish(head: str, sections: Mapping[str, str], output: Path | None) -> None:
+    """Prints a report, and writes it.
+
+    Args:
+        head (`str`): Markdown, what stands first.
+        sections (`dict[str, str]`): Markdown by title.
+        output (`Path`, *optional*): the file to write.
+    """
+    text = head + "".join(f"\n\n## {title}\n\n{section}" for title, section in sections.items()) + "\n"
+    print(text)
+    if output is not None:
+        output.write_text(text)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.basis import markdown
 from benchmarks.basis_cell import seconds_of_others
-from benchmarks.report import run_lines
+from benchmarks.report import publish, run_lines
 from benchmarks.shapes import shape_of
 from benchmarks.vllm_server import EMBEDDED, ROOT, Server
 from peft_tinylora import export_adapter
@@ -182,10 +182,7 @@ def main(argv: Sequence[str] = sys.argv[1:]) -> None:
             "float32, beside the weights."
         )
     parts.append("\n".join(run_lines("benchmarks.rollouts", argv, started, seconds_of_others() - others, packages)))
-    text = "\n\n".join(parts) + "\n"
-    print(text)
-    if options.output:
-        options.output.write_text(text)
+    publish("\n\n".join(parts), {}, options.output)
 
 
 if __name__ == "__main__":

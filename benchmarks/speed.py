@@ -25,7 +25,7 @@ import torch
 from benchmarks import PYTHONPATH
 from benchmarks.basis import markdown
 from benchmarks.basis_cell import seconds_of_others
-from benchmarks.report import run_lines
+from benchmarks.report import publish, run_lines
 from benchmarks.speed_cell import BARE, OURS, Cell
 from benchmarks.training import median_and_range
 
@@ -167,11 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "Memory of the activations": memory_table(results),
         "Operators of an adapted module": operators_table(results),
     }
-    text = describe(argv, seconds_of_others() - others_before)
-    text += "".join(f"\n\n## {title}\n\n{section}" for title, section in sections.items()) + "\n"
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text)
+    publish(describe(argv, seconds_of_others() - others_before), sections, options.output)
 
 
 STARTED = time.perf_counter()

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.basis import markdown
 from benchmarks.basis_cell import seconds_of_others
-from benchmarks.report import run_lines
+from benchmarks.report import publish, run_lines
 from peft_tinylora import thin
 
 
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cells = [median_and_quartiles(values) for values in ratios(rows, width).values()]
         lines.append([f"{rows} x {width}", f"{rows * width:,}", *cells])
     thin.CONVERTED_UP_TO = limit
-    text = "\n".join(
+    head = "\n".join(
         [
             "# Activations of bfloat16: converted, or multiplied in parts",
             "",
@@ -86,12 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"- thin.py converts up to {limit:,} numbers",
             "",
             markdown(lines),
-            "",
         ]
     )
-    print(text)
-    if options.output is not None:
-        options.output.write_text(text)
+    publish(head, {}, options.output)
 
 
 STARTED = time.perf_counter()

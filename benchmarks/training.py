@@ -40,13 +40,7 @@ ROWS = [  # base, adapter; the first is the reference of all ratios
     ("4-bit", "TinyLoRA of stock PEFT"),
 ]
 # Few, for they take minutes. Not stock PEFT on the 16-bit base: it decomposes every weight of a 7B in full.
-ROWS_OF_A_7B = [
-    ("16-bit", "LoRA r=8"),
-    ("16-bit", "TinyLoRA"),
-    ("4-bit", "LoRA r=8"),
-    ("4-bit", "TinyLoRA"),
-    ("4-bit", "TinyLoRA of stock PEFT"),
-]
+ROWS_OF_A_7B = [row for row in ROWS if row[1] != "LoRA r=1" and row != ("16-bit", "TinyLoRA of stock PEFT")]
 WORKLOADS = {
     "smallest": {
         "model": "a Llama of 1.4M parameters",

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from trl_recipes.errors import RecipeError, in_one_line
+from trl_recipes.errors import RecipeError, in_one_line, shown
 
 
 FILE = "completions.jsonl"
@@ -106,12 +106,12 @@ class AnswerLog:
         wanted = json.loads(json.dumps(settings))
         other = [name for name in sorted({*found, *wanted}) if found.get(name) != wanted.get(name)]
         if other:
-            shown = ", ".join(
-                f"{in_one_line(name)}={in_one_line(repr(found.get(name)))} there and {in_one_line(repr(wanted.get(name)))} now"
+            named = ", ".join(
+                f"{in_one_line(name)}={shown(found.get(name))} there and {shown(wanted.get(name))} now"
                 for name in other[:MOST_NAMED]
             )
             raise RecipeError(
-                f"{path} holds answers of other settings ({shown}): name another output_dir, or remove it."
+                f"{path} holds answers of other settings ({named}): name another output_dir, or remove it."
             )
         file.truncate(len(whole))  # of a file that is one of these
         self.answers = {answer.key: answer for answer in answers}

@@ -18,7 +18,7 @@ from trl.scripts.grpo import GRPOScriptArguments
 
 from peft_tinylora import TinyLoraError
 from peft_tinylora.config import SAVE_DTYPES
-from trl_recipes.errors import RecipeError, in_one_line
+from trl_recipes.errors import RecipeError, in_one_line, shown
 from trl_recipes.yaml_files import read_yaml
 
 
@@ -266,7 +266,7 @@ class TinyLoraArguments:
                 self.tinylora_tie = json.loads(self.tinylora_tie)
             except (ValueError, RecursionError) as error:
                 raise RecipeError(
-                    f"tinylora_tie is no JSON mapping: {in_one_line(repr(self.tinylora_tie))} ({in_one_line(error)})."
+                    f"tinylora_tie is no JSON mapping: {shown(self.tinylora_tie)} ({in_one_line(error)})."
                 ) from error
         for name in ("tinylora_dtype", "tinylora_save_dtype"):
             if getattr(self, name) not in SAVE_DTYPES:
@@ -285,6 +285,11 @@ class Options(NamedTuple, Generic[R, T]):
     model: ModelConfig
     mixture: DatasetMixtureConfig
     tinylora: TinyLoraArguments
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run leaves what it made."""
+        return Path(cast(str, self.training.output_dir))  # transformers fills it in
 
 
 def run_script(main: Callable[[], None]) -> None:

@@ -14,10 +14,12 @@ assistant." as well; here it is the one of the tokenizer's template.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from datasets import Dataset
 
-from trl_recipes.arguments import ProblemArguments, RecipeError
+from trl_recipes.arguments import ProblemArguments
+from trl_recipes.errors import RecipeError
 from trl_recipes.problems import load_rows
 from trl_recipes.score_arguments import ScoreArguments
 
@@ -110,7 +112,7 @@ def fill_in_benchmark(arguments: ScoreArguments) -> None:
     Raises:
         RecipeError: if there is no such benchmark.
     """
-    benchmark = BENCHMARKS.get(str(arguments.benchmark))
+    benchmark = BENCHMARKS.get(cast(str, arguments.benchmark))
     if benchmark is None:
         raise RecipeError(f"benchmark={arguments.benchmark!r}: there are {', '.join(BENCHMARKS)}.")
     if arguments.dataset is None:
@@ -136,9 +138,9 @@ def load_benchmark_rows(arguments: ScoreArguments) -> Dataset:
         RecipeError: if they cannot be loaded, with the way to read a local copy.
     """
     try:
-        rows = load_rows(str(arguments.dataset), arguments.dataset_config, arguments.dataset_split)
+        rows = load_rows(cast(str, arguments.dataset), arguments.dataset_config, arguments.dataset_split)
     except RecipeError as error:
-        source = BENCHMARKS[str(arguments.benchmark)].source
+        source = BENCHMARKS[cast(str, arguments.benchmark)].source
         raise RecipeError(f"{error} A copy (source: {source}) is read by dataset=FILE beside benchmark.") from error
     column = arguments.answer_column
     if column not in rows.column_names or not any(isinstance(answer, list) for answer in rows[column]):

@@ -198,21 +198,22 @@ def draw_curve(
     )
     axes.set(xlabel="step", ylabel=column, title=title)
     axes.grid(alpha=0.3)
-    is_scored = before is not None and after is not None
-    share_axes = axes if is_share or not is_scored else axes.twinx()
-    if is_share or is_scored:
-        share_axes.set(ylabel="share correct", ylim=(0, 1.08))
-    last = steps[-1] if steps else 1
-    before, after = (before, after) if before is not None and after is not None else ({}, {})
-    # Greedy above its dots, sampled below: the two may be close.
-    for name, colour, above in zip(before, ("tab:red", "tab:green"), (8, -16), strict=False):
-        share_axes.plot(
-            [0, last], [before[name], after[name]], "o", color=colour, clip_on=False, label=f"held out, {name}"
-        )
-        for step, value, side in [(0, before[name], "left"), (last, after[name], "right")]:
-            share_axes.annotate(
-                f"{value:.1%}", (step, value), (0, above), textcoords="offset points", ha=side, color=colour
+    shares = {"ylabel": "share correct", "ylim": (0, 1.08)}
+    if is_share:
+        axes.set(**shares)
+    if before is not None and after is not None:
+        share_axes = axes if is_share else axes.twinx()
+        share_axes.set(**shares)
+        last = steps[-1] if steps else 1
+        # Greedy above its dots, sampled below: the two may be close.
+        for name, colour, above in zip(before, ("tab:red", "tab:green"), (8, -16), strict=False):
+            share_axes.plot(
+                [0, last], [before[name], after[name]], "o", color=colour, clip_on=False, label=f"held out, {name}"
             )
+            for step, value, side in [(0, before[name], "left"), (last, after[name], "right")]:
+                share_axes.annotate(
+                    f"{value:.1%}", (step, value), (0, above), textcoords="offset points", ha=side, color=colour
+                )
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     temporary = png_path.with_name(f".{png_path.name}")  # not in place: it says that the run is finished
     FigureCanvasAgg(figure).print_png(temporary)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trl_recipes.errors import RecipeError, in_one_line
+from trl_recipes.errors import RecipeError, in_one_line, shown
 
 
 MARKER = "checkpoint.json"  # {"files": {name: bytes}, "settings": {...}, "adapter": {...}}
@@ -177,11 +177,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str | None
     names = sorted(name for name in there.keys() & here.keys() if there[name] != here[name])
     if not names:
         return None
-    shown = ", ".join(
-        f"{name}={in_one_line(repr(there[name]))} there and {in_one_line(repr(here[name]))} here"
-        for name in names[:MOST_NAMED]
-    )
-    return shown + (f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
+    named = ", ".join(f"{name}={shown(there[name])} there and {shown(here[name])} here" for name in names[:MOST_NAMED])
+    return named + (f", and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else "")
 
 
 def _sync(path: Path) -> None:

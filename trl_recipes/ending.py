@@ -15,8 +15,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from peft_tinylora import TinyLoraError
 from peft_tinylora.errors import first_line
 from peft_tinylora.trouble import disk_trouble, is_out_of_memory
-from trl_recipes.arguments import RecipeError
 from trl_recipes.checkpoints import checkpoints_in, complaint
+from trl_recipes.errors import RecipeError
 
 
 STOPPED = 128 + signal.SIGTERM  # exit status, as shells give it

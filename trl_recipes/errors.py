@@ -11,3 +11,8 @@ def in_one_line(said: object) -> str:
     """What an error or a value says, or its class, without line breaks and not for ever."""
     text = " ".join(str(said).split()) or type(said).__name__
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
+def shown(value: object) -> str:
+    """A value as it is shown in an error: not all of it where it is long."""
+    return in_one_line(repr(value))

@@ -3,10 +3,11 @@
 import json
 import os
 from pathlib import Path
+from typing import cast
 
 from peft_tinylora.card import Evaluation, add_evaluation
 from peft_tinylora.published import relative
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError
 from trl_recipes.score_arguments import ScoreArguments
 from trl_recipes.variants import ADAPTER, BASE
 
@@ -99,7 +100,7 @@ def update_card(arguments: ScoreArguments, result: dict, score_options: str) -> 
         return {shown_decoding(decoding, result): levels["strict"]["mean"] for decoding, levels in decodings}
 
     evaluation = Evaluation(
-        dataset=relative(str(arguments.dataset)),
+        dataset=relative(cast(str, arguments.dataset)),
         config=arguments.dataset_config,
         split=arguments.dataset_split,
         problems=result["problems"],
@@ -108,4 +109,4 @@ def update_card(arguments: ScoreArguments, result: dict, score_options: str) -> 
         score_options=score_options,
         table=explained(result),
     )
-    add_evaluation(Path(str(arguments.adapter)), evaluation)
+    add_evaluation(Path(cast(str, arguments.adapter)), evaluation)

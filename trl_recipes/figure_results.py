@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from trl_recipes.errors import RecipeError, in_one_line
+from trl_recipes.errors import RecipeError, in_one_line, shown
 from trl_recipes.figure_spec import Value
 
 
@@ -139,9 +139,7 @@ def read_whole_rows(path: Path) -> pd.DataFrame:
         return pd.DataFrame()
     header, *rows = rows
     if repeated := [name for name in header if header.count(name) > 1]:
-        raise RecipeError(
-            f"{path}: the column {in_one_line(repr(repeated[0]))} is there twice: is it the CSV of one run?"
-        )
+        raise RecipeError(f"{path}: the column {shown(repeated[0])} is there twice: is it the CSV of one run?")
     for number, row in enumerate(rows, start=2):
         if len(row) != len(header):
             raise RecipeError(
@@ -163,20 +161,18 @@ def measured(runs: pd.DataFrame, path: Path) -> pd.DataFrame:
         wrong = runs[(runs[column] < 0) | (runs[column] > 1)]
         if not wrong.empty:
             raise RecipeError(
-                f"{path}: {in_one_line(column)} of point {in_one_line(repr(wrong.iloc[0]['point']))} is {wrong.iloc[0][column]:g}: "
+                f"{path}: {in_one_line(column)} of point {shown(wrong.iloc[0]['point'])} is {wrong.iloc[0][column]:g}: "
                 "a share is between 0 and 1."
             )
     runs["folder"] = [path.parent / folder for folder in runs["folder"]]
     for point, ones in runs.groupby("point", sort=False):
         if ones["learning_rate"].nunique() > 1:
             raise RecipeError(
-                f"{path}: point {in_one_line(repr(point))} has {ones['learning_rate'].nunique()} chosen learning rates."
+                f"{path}: point {shown(point)} has {ones['learning_rate'].nunique()} chosen learning rates."
             )
         if ones["seed"].duplicated().any():
             seed = ones["seed"][ones["seed"].duplicated()].iloc[0]
-            raise RecipeError(
-                f"{path}: point {in_one_line(repr(point))} has seed {seed:g} twice: take one of the two rows out."
-            )
+            raise RecipeError(f"{path}: point {shown(point)} has seed {seed:g} twice: take one of the two rows out.")
         if ones["trained_parameters"].nunique() > 1:
             raise RecipeError(f"{path}: the runs of point {point!r} differ in trained_parameters.")
     return runs
@@ -208,9 +204,7 @@ def to_numbers(cells: pd.Series, path: Path) -> pd.Series:
         (numbers.isna() & ~cells.str.strip().str.lower().isin(["", "none", "nan"])) | numbers.abs().eq(math.inf)
     ]
     if not wrong.empty:
-        raise RecipeError(
-            f"{path}: {in_one_line(cells.name)} is {in_one_line(repr(wrong.iloc[0]))}, which is no number."
-        )
+        raise RecipeError(f"{path}: {in_one_line(cells.name)} is {shown(wrong.iloc[0])}, which is no number.")
     return numbers
 
 

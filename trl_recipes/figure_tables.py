@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 import pandas as pd
 
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError
 from trl_recipes.figure_results import Results, comparable
 from trl_recipes.figure_spec import Curves, FilledPanel, Points, Series, SmallestUpdate
 

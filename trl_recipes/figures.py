@@ -26,7 +26,8 @@ check_libraries_of_recipes()
 import pandas as pd  # noqa: E402
 from matplotlib.figure import Figure as Picture  # noqa: E402
 
-from trl_recipes.arguments import RecipeError, run_script  # noqa: E402
+from trl_recipes.arguments import run_script  # noqa: E402
+from trl_recipes.errors import RecipeError  # noqa: E402
 from trl_recipes.figure_drawing import draw  # noqa: E402
 from trl_recipes.figure_results import Results  # noqa: E402
 from trl_recipes.figure_spec import read_figures  # noqa: E402

@@ -38,7 +38,6 @@ from trl import DatasetMixtureConfig, GRPOConfig, ModelConfig  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
     GRPOArguments,
     Options,
-    RecipeError,
     TinyLoraArguments,
     parse,
     refuse_quantization_options,
@@ -46,6 +45,7 @@ from trl_recipes.arguments import (  # noqa: E402
 )
 from trl_recipes.callbacks import REWARD_COLUMNS, REWARD_PROGRESS  # noqa: E402
 from trl_recipes.ending import explained  # noqa: E402
+from trl_recipes.errors import RecipeError  # noqa: E402
 from trl_recipes.held_out import HeldOut  # noqa: E402
 from trl_recipes.methods import peft_config_of, refuse_unread_options  # noqa: E402
 from trl_recipes.problems import (  # noqa: E402
@@ -96,7 +96,7 @@ def run(options: Options[GRPOArguments, GRPOConfig]) -> None:
     refuse_unread_options(recipe_args, training_args, model_args)
     refuse_quantization_options(model_args, training_args.use_vllm)
     refuse_rounding_options(training_args)
-    hub = begin(options)
+    hub, recipe = begin(options)
 
     # --- data
     tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
@@ -147,7 +147,7 @@ def run(options: Options[GRPOArguments, GRPOConfig]) -> None:
     if not PartialState().is_main_process:
         return
     settings = settings_of_run(options, trainer.state.max_steps, settings_of_grpo(recipe_args, training_args, rewards))
-    report = write_report(curve, held_out, settings, options)
+    report = write_report(curve, held_out, settings, options, recipe)
     if report is not None and not any(report[0].numbers):
         print(
             "\nv did not move: no group of completions had unequal rewards. Can the model solve some of these problems, "

@@ -19,7 +19,7 @@ from torch import nn
 from peft_tinylora.assignment import TargetWeight, request_of
 from peft_tinylora.build import build_bases
 from peft_tinylora.source import WeightSource
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError
 
 
 ADAPTER = "default"

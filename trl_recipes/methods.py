@@ -28,6 +28,7 @@ from trl import ModelConfig, get_peft_config
 from peft_tinylora import TinyLoraConfig
 from peft_tinylora.adapter_files import ADAPTER_FILES, WEIGHTS_FILE
 from peft_tinylora.card import FACTS_FILE
+from peft_tinylora.errors import first_line
 from peft_tinylora.hub import REPORT_FILES
 from peft_tinylora.targets import find_targets
 from peft_tinylora.weight import keep_differentiable
@@ -35,11 +36,10 @@ from trl_recipes import lora_xs
 from trl_recipes.arguments import (
     GRPOArguments,
     RecipeArguments,
-    RecipeError,
     TinyLoraArguments,
     refuse_lora_options,
 )
-from trl_recipes.problems import first_line
+from trl_recipes.errors import RecipeError
 from trl_recipes.sharding import is_sharded, refuse_mixed_precision_where_sharded
 from trl_recipes.trainer_setup import keep_vector_in_fp32, model_of, round_vector, save_adapter, tinylora_config
 

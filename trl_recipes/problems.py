@@ -9,14 +9,15 @@ Leaves: a `datasets.Dataset` (or a stream) with "prompt" (a string, or a list of
 
 import re
 from pathlib import Path
+from typing import cast
 
 from datasets import Dataset, IterableDataset, get_dataset_split_names, load_dataset
 from trl import DatasetMixtureConfig, get_dataset
 
 from peft_tinylora.errors import first_line
 from trl_recipes.answers import gold_answer
-from trl_recipes.arguments import ProblemArguments, RecipeArguments, RecipeError, SFTArguments
-from trl_recipes.errors import in_one_line
+from trl_recipes.arguments import ProblemArguments, RecipeArguments, SFTArguments
+from trl_recipes.errors import RecipeError, in_one_line
 
 
 QUESTION = "{question}"
@@ -115,7 +116,7 @@ def load_train_and_held_out(
 def dataset_names(recipe_args: RecipeArguments, mixture_args: DatasetMixtureConfig) -> list[str]:
     """Returns the ids and files that are trained on, for the card."""
     if not mixture_args.datasets:
-        return [str(recipe_args.dataset_name)]
+        return [cast(str, recipe_args.dataset_name)]  # else nothing was loaded
     names: list[str] = []
     for part in mixture_args.datasets:
         files = part.data_files or part.path

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import yaml
 from accelerate import PartialState
@@ -13,7 +14,10 @@ from peft_tinylora import TinyLoraError
 from peft_tinylora.card import Evaluation
 from peft_tinylora.hub import Pushed, check_access, push
 from peft_tinylora.published import published
-from trl_recipes.arguments import RecipeArguments, RecipeError
+from trl_recipes.arguments import RecipeArguments
+from trl_recipes.errors import RecipeError
+from trl_recipes.trainer_setup import model_name
+from trl_recipes.yaml_files import read_yaml
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def take_hub_options(
         [`HubOptions`], or `None` without `push_to_hub`.
 
     Raises:
-        RecipeError: if checkpoints are asked for too, or nobody else has the base model.
+        RecipeError: if checkpoints are asked for too, or there is no base model, or nobody else has it.
         ConfigError: if it is no place for an adapter.
         HubError: if the token may not write to it, or the Hub cannot be reached.
     """
@@ -49,13 +53,13 @@ def take_hub_options(
         raise RecipeError(
             f"hub_strategy={HubStrategy(training_args.hub_strategy).value!r}: this recipe pushes the finished adapter, once: leave it out."
         )
-    base = recipe_args.hub_base_model or str(model_args.model_name_or_path)
-    if recipe_args.hub_base_model is None and Path(str(model_args.model_name_or_path)).exists():
+    name = model_name(model_args)  # now: a run that cannot start leaves no repository
+    if recipe_args.hub_base_model is None and Path(name).exists():
         raise RecipeError(
-            f"push_to_hub with model_name_or_path={model_args.model_name_or_path!r}, a folder of this machine: name the "
+            f"push_to_hub with model_name_or_path={name!r}, a folder of this machine: name the "
             "base model's id on the Hub by hub_base_model, or leave push_to_hub out."
         )
-    repository = training_args.hub_model_id or Path(str(training_args.output_dir)).name
+    repository = training_args.hub_model_id or Path(cast(str, training_args.output_dir)).name
     if PartialState().is_main_process:
         repository = check_access(
             repository, private=training_args.hub_private_repo, token=training_args.hub_token
@@ -65,34 +69,38 @@ def take_hub_options(
         revision=training_args.hub_revision,
         private=training_args.hub_private_repo,
         token=training_args.hub_token,
-        base=base,
+        base=recipe_args.hub_base_model or name,
     )
     training_args.push_to_hub, training_args.hub_token = False, None
     return options
 
 
-def write_recipe_file(folder: Path, argv: Sequence[str], command: str) -> bool:
+def read_recipe(argv: Sequence[str]) -> object:
+    """What the YAML file holds that a command line names by `--config`; `None` where it names none."""
+    named = [following for argument, following in zip(argv, argv[1:], strict=False) if argument == "--config"]
+    return read_yaml(Path(named[-1]), "config file") if named else None
+
+
+def write_recipe_file(folder: Path, recipe: object, command: str) -> bool:
     """
-    Writes the YAML file that a command line names by `--config` to `recipe.yaml`, without tokens and paths of this machine: it may be published.
+    Writes what a run was set to by `--config` to `recipe.yaml`, without tokens and paths of this machine: it may be published.
 
     Args:
         folder (`Path`):
             The adapter's folder.
-        argv (`Sequence[str]`):
-            The command line.
+        recipe (`object`):
+            What [`read_recipe`] returned when the run began: the file may be another by now.
         command (`str`):
-            The same as it is shown, which goes above it.
+            The command line as it is shown, which goes above it.
 
     Returns:
-        `bool`: whether the command line names one; that of an earlier run is removed if it does not.
+        `bool`: whether there is one; that of an earlier run is removed if not.
     """
     path = folder / "recipe.yaml"
-    named = [following for argument, following in zip(argv, argv[1:], strict=False) if argument == "--config"]
-    if not named:
+    if recipe is None:
         path.unlink(missing_ok=True)
         return False
-    shown = published(yaml.safe_load(Path(named[-1]).read_text(encoding="utf-8")))
-    path.write_text(f"# {command}\n" + yaml.safe_dump(shown, sort_keys=False), encoding="utf-8")
+    path.write_text(f"# {command}\n" + yaml.safe_dump(published(recipe), sort_keys=False), encoding="utf-8")
     return True
 
 

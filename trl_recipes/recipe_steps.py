@@ -10,7 +10,6 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import transformers
@@ -22,12 +21,20 @@ from transformers import PreTrainedModel, ProgressCallback
 from peft_tinylora.card import Facts, Training, use_lines, write_card
 from peft_tinylora.describe import Description, describe
 from peft_tinylora.published import command_line
-from trl_recipes.arguments import Options, RecipeError
+from trl_recipes.arguments import Options
 from trl_recipes.callbacks import CurveCallback, ShortProgressCallback, draw_curve
+from trl_recipes.errors import RecipeError
 from trl_recipes.held_out import HeldOut
 from trl_recipes.methods import finish, finished_in, prepare, remarks, save, trained_dtypes
 from trl_recipes.problems import dataset_names
-from trl_recipes.publishing import HubOptions, evaluation_of, push_result, take_hub_options, write_recipe_file
+from trl_recipes.publishing import (
+    HubOptions,
+    evaluation_of,
+    push_result,
+    read_recipe,
+    take_hub_options,
+    write_recipe_file,
+)
 from trl_recipes.reporting import by_decoding, print_files, print_numbers, print_scores
 from trl_recipes.resuming import ResumableTrainer
 from trl_recipes.sharding import send_gradients_only
@@ -52,6 +59,16 @@ class Curve:
     progress: dict[str, tuple[str, str]]
     is_share: bool = False
 
+    @property
+    def csv(self) -> str:
+        """The name of the file with the numbers."""
+        return f"{self.column}_curve.csv"
+
+    @property
+    def png(self) -> str:
+        """The name of the picture."""
+        return f"{self.column}_curve.png"
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -61,20 +78,22 @@ class Trained:
     seconds: float
 
 
-def begin(options: Options) -> HubOptions | None:
+def begin(options: Options) -> tuple[HubOptions | None, object]:
     """
     Refuses to replace what is finished, says what should be known before the run, and sees that the Hub will take it.
 
     Returns:
         [`HubOptions`]: where to push to; `None` where nothing is to be pushed.
+        `object`: what the YAML file holds, for [`write_report`]; `None` without one.
 
     Raises:
         RecipeError: if `output_dir` holds a finished adapter or model, or pushing is asked for and cannot be.
         HubError: if the token may not write there, or the Hub cannot be reached: now, and not after hours.
     """
     recipe_args, training_args, model_args, _, tinylora_args = options
+    recipe = read_recipe(sys.argv)
     send_gradients_only(training_args)
-    output_dir = Path(str(training_args.output_dir))
+    output_dir = options.output_dir
     say = PartialState().print  # on the main process only
     finished = finished_in(output_dir, training_args.resume_from_checkpoint)
     if finished is not None:
@@ -86,7 +105,7 @@ def begin(options: Options) -> HubOptions | None:
         say(f"the finished {finished} in {output_dir} will be replaced at the end of this run")
     for line in remarks(recipe_args, model_args, tinylora_args):
         say(line)
-    return take_hub_options(recipe_args, training_args, model_args)
+    return take_hub_options(recipe_args, training_args, model_args), recipe
 
 
 def load_base(options: Options) -> PreTrainedModel:
@@ -101,7 +120,7 @@ def load_base(options: Options) -> PreTrainedModel:
 
 def curve_callback(curve: Curve, options: Options) -> CurveCallback:
     """The callback that writes the curve's CSV into `output_dir`."""
-    return CurveCallback(Path(str(options.training.output_dir), f"{curve.column}_curve.csv"), curve.columns)
+    return CurveCallback(options.output_dir / curve.csv, curve.columns)
 
 
 def make_ready(trainer: ResumableTrainer, curve: Curve, options: Options) -> None:
@@ -132,7 +151,7 @@ def save_and_score(trainer: ResumableTrainer, curve: Curve, held_out: HeldOut, o
     finish(trainer.model, options.recipe.method, options.tinylora.tinylora_save_dtype)
     # Before scoring, which takes a while: Ctrl-C must not cost the training.
     tokenizer_of_base = load_tokenizer(options.model, training_args.trust_remote_code)
-    save(trainer, Path(training_args.output_dir), tokenizer_of_base, keep=f"{curve.column}_curve.csv")
+    save(trainer, options.output_dir, tokenizer_of_base, keep=curve.csv)
     held_out.score_after(trainer)
     if Version(transformers.__version__) >= Version("5.18"):  # remove when that is the oldest supported
         trainer.end()
@@ -163,24 +182,29 @@ def settings_of_run(options: Options, steps: int, own: Mapping[str, object]) -> 
 
 
 def write_report(
-    curve: Curve, held_out: HeldOut, settings: Mapping[str, object], options: Options
+    curve: Curve, held_out: HeldOut, settings: Mapping[str, object], options: Options, recipe: object
 ) -> tuple[Description, ModelCard] | None:
     """
     Writes the picture of the curve, recipe.yaml and, of a TinyLoRA, the card.
 
+    Args:
+        curve, held_out, options: of the run.
+        settings (`dict[str, object]`): what [`settings_of_run`] returned.
+        recipe (`object`): what the YAML file held when the run began, as [`begin`] returned it.
+
     Returns:
         The adapter as it was saved, and its card; `None` of a baseline, which has no card.
     """
-    recipe_args, training_args, *_ = options
-    output_dir = Path(str(training_args.output_dir))
-    has_config_file = write_recipe_file(output_dir, sys.argv, command_line(training_args.world_size))
+    output_dir = options.output_dir
+    command = command_line(options.training.world_size)
+    has_config_file = write_recipe_file(output_dir, recipe, command)
     report = None
-    if recipe_args.method == "tinylora":
-        report = _write_tinylora_card(curve, held_out, settings, has_config_file, options)
+    if options.recipe.method == "tinylora":
+        report = _write_tinylora_card(curve, held_out, settings, command, has_config_file, options)
     # The last file of a run: without it, one that was killed goes on (`finished_in`).
     draw_curve(
-        output_dir / f"{curve.column}_curve.csv",
-        output_dir / f"{curve.column}_curve.png",
+        output_dir / curve.csv,
+        output_dir / curve.png,
         f"{output_dir.name}: {curve.recipe} {curve.column}",
         curve.column,
         held_out.before,
@@ -191,20 +215,24 @@ def write_report(
 
 
 def _write_tinylora_card(
-    curve: Curve, held_out: HeldOut, settings: Mapping[str, object], has_config_file: bool, options: Options
+    curve: Curve,
+    held_out: HeldOut,
+    settings: Mapping[str, object],
+    command: str,
+    has_config_file: bool,
+    options: Options,
 ) -> tuple[Description, ModelCard]:
-    recipe_args, training_args, _, mixture_args, _ = options
-    output_dir = Path(str(training_args.output_dir))
+    output_dir = options.output_dir
     training = Training(
         method=curve.recipe,
-        datasets=dataset_names(recipe_args, mixture_args),
+        datasets=dataset_names(options.recipe, options.mixture),
         curve=curve.column,
         settings=dict(settings),
-        command=command_line(training_args.world_size),
+        command=command,
         has_config_file=has_config_file,
     )
     evaluation = evaluation_of(
-        recipe_args, held_out.before, held_out.after, len(held_out), held_out.score_again(options)
+        options.recipe, held_out.before, held_out.after, len(held_out), held_out.score_again(options)
     )
     question = "YOUR PROMPT" if held_out.problems is None else held_out.problems[0]["prompt"]
     adapter = describe(output_dir)
@@ -235,11 +263,11 @@ def conclude(
     Raises:
         TinyLoraError: if pushing failed: after the result was printed.
     """
-    output_dir = Path(str(options.training.output_dir))
+    output_dir = options.output_dir
     if report is not None:
         print_numbers(report[0].numbers)
     print_scores(held_out.before, held_out.after)
-    adapter_bytes = print_files(output_dir, curve.column, report is not None, held_out.score_again(options))
+    adapter_bytes = print_files(output_dir, (curve.csv, curve.png), report is not None, held_out.score_again(options))
     if report is not None:
         print(f"try it:\n\n{use_lines(report[1])}")
     pushed, failure = (None, None) if hub is None else push_result(output_dir, hub)

@@ -28,7 +28,7 @@ def print_scores(before: Scores, after: Scores) -> None:
         print(f"{decoding:<12}{before[decoding]:>8.1%}{after[decoding]:>8.1%}")
 
 
-def print_files(output_dir: Path, curve: str, has_card: bool, score_with: str | None) -> int | None:
+def print_files(output_dir: Path, curve: tuple[str, str], has_card: bool, score_with: str | None) -> int | None:
     """
     Prints what lies in a finished run's folder, and the command that scores it again.
 
@@ -39,7 +39,7 @@ def print_files(output_dir: Path, curve: str, has_card: bool, score_with: str | 
     adapter_bytes = weights.stat().st_size if weights.exists() else None
     saved = "the model" if adapter_bytes is None else f"the adapter ({adapter_bytes} bytes)"
     card = "README.md, " if has_card else ""
-    print(f"\nsaved in {output_dir}: {saved}, {card}{curve}_curve.csv, {curve}_curve.png")
+    print(f"\nsaved in {output_dir}: {saved}, {card}{', '.join(curve)}")
     if score_with is not None:
         what = "--model_name_or_path" if adapter_bytes is None else "--adapter"
         print(f"score it again: python trl_recipes/score.py {what} {shlex.quote(str(output_dir))} {score_with}")

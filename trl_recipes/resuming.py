@@ -18,7 +18,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -36,9 +36,9 @@ from transformers.trainer_utils import TrainOutput
 from trl import GRPOConfig, GRPOTrainer, SFTTrainer
 
 from peft_tinylora import TinyLoraError
-from trl_recipes.arguments import RecipeError
 from trl_recipes.checkpoints import UNFINISHED, choose, differences, publish, read_marker, rotate, tidy
 from trl_recipes.ending import STOPPED, StopWhenAsked
+from trl_recipes.errors import RecipeError
 
 
 # Of Trainer's and of TRL's trainers, where they have them: what lives from step to step. Not public.
@@ -92,7 +92,7 @@ class ResumableTrainer(Trainer):
                 "enable_jit_checkpoint: true: it saves in the middle of a step, from which a run cannot go on to the bit, "
                 "and ends training as if it were finished: leave it out, and set save_steps."
             )
-        folder = Path(str(args.output_dir))
+        folder = Path(cast(str, args.output_dir))
         if args.should_save:
             tidy(folder)
         self.accelerator.wait_for_everyone()
@@ -119,7 +119,9 @@ class ResumableTrainer(Trainer):
                 f"the same by resume_from_checkpoint={str(checkpoint)!r}."
             )
         if args.should_save and str(args.resume_from_checkpoint).lower() == "true":
-            self._rotate(checkpoint)  # a run that ended after its last checkpoint and before this has one too many
+            # A run that ended after its last checkpoint and before this has one too many.
+            state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            self._rotate(checkpoint, state.best_model_checkpoint)
         self.accelerator.print(f"resuming from {checkpoint}" + (f", another run's: {other}" if other else ""))
         return checkpoint
 
@@ -175,13 +177,11 @@ class ResumableTrainer(Trainer):
             if is_best:
                 self.state.save_to_json(str(unfinished / "trainer_state.json"))
             publish(unfinished, place, {"settings": settings_of(self), "adapter": adapter_of(self)})
-            self._rotate(place)
+            self._rotate(place, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()  # nobody writes the next one before
 
-    def _rotate(self, newest: Path) -> None:
-        state = TrainerState.load_from_json(str(newest / "trainer_state.json"))
-        best = {Path(state.best_model_checkpoint)} if state.best_model_checkpoint else set()
-        rotate(newest.parent, self.args.save_total_limit, {newest} | best)
+    def _rotate(self, newest: Path, best: str | None) -> None:
+        rotate(newest.parent, self.args.save_total_limit, {newest, Path(best)} if best else {newest})
         shutil.rmtree(newest.parent / UNFINISHED, ignore_errors=True)
 
     def _between_steps_file(self) -> str:

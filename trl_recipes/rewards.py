@@ -19,7 +19,8 @@ from trl.rewards import (
 )
 
 from trl_recipes.answers import is_correct
-from trl_recipes.arguments import GRPOArguments, RecipeError
+from trl_recipes.arguments import GRPOArguments
+from trl_recipes.errors import RecipeError
 
 
 # The names and values of `trl grpo`.

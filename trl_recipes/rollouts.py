@@ -16,7 +16,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from peft_tinylora.inline import InlineAdapter, inline_adapter, name_of
-from trl_recipes.arguments import GRPOArguments, RecipeError, TinyLoraArguments
+from trl_recipes.arguments import GRPOArguments, TinyLoraArguments
+from trl_recipes.errors import RecipeError
 from trl_recipes.vllm_requests import Completion, Prompt
 from trl_recipes.vllm_servers import VllmServers, split_urls
 
@@ -241,7 +242,7 @@ def make_rollouts(
         return Rollouts(ColocatedVllm(model_args, training_args, tinylora_args.tinylora_r))
     return Rollouts(
         VllmServers(
-            split_urls(str(training_args.vllm_server_base_url)),
+            split_urls(cast(str, training_args.vllm_server_base_url)),
             request_timeout=recipe_args.rollout_request_timeout,
             patience=training_args.vllm_server_timeout,
         )

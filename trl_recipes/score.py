@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import cast
 
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read once, when huggingface_hub is imported
@@ -41,13 +42,13 @@ from trl import ModelConfig  # noqa: E402
 from trl_recipes.answer_log import AnswerLog  # noqa: E402
 from trl_recipes.arguments import (  # noqa: E402
     LORA_OPTIONS,
-    RecipeError,
     parse,
     refuse_lora_options,
     refuse_quantization_options,
     run_script,
 )
 from trl_recipes.benchmark_sets import BENCHMARKS, fill_in_benchmark, load_benchmark_rows  # noqa: E402
+from trl_recipes.errors import RecipeError  # noqa: E402
 from trl_recipes.evaluation import (  # noqa: E402
     GREEDY,
     SAMPLED,
@@ -172,7 +173,6 @@ def main() -> None:
         fill_in_benchmark(arguments)
     if arguments.dataset is None:
         raise RecipeError("no problems: set benchmark, or dataset to a dataset id or a JSON, JSONL or Parquet file.")
-    arguments.max_completion_length = arguments.longest
     if arguments.vllm_server_base_url is not None:
         refuse_options_of_a_loaded_model(arguments, model_args)
     if model_args.model_name_or_path is None and arguments.adapter is not None:
@@ -246,7 +246,7 @@ def main() -> None:
 def load_problems(arguments: ScoreArguments, tokenizer: PreTrainedTokenizerBase) -> list[dict]:
     """Loads the problems, and says on stderr what of them may not be meant."""
     if arguments.benchmark is None:
-        rows = load_rows(str(arguments.dataset), arguments.dataset_config, arguments.dataset_split)
+        rows = load_rows(cast(str, arguments.dataset), arguments.dataset_config, arguments.dataset_split)
     else:
         rows = load_benchmark_rows(arguments)
         expected = BENCHMARKS[arguments.benchmark].problems
@@ -276,6 +276,7 @@ def options_of(arguments: ScoreArguments, model_args: ModelConfig) -> str:
     if arguments.vllm_server_base_url is not None:  # which draw with their own
         left_out.append("seed")
     shown = {f.name: vars(arguments)[f.name] for f in fields(ScoreArguments) if f.name not in left_out}
+    shown["max_completion_length"] = arguments.longest
     shown |= {name: value for name, value in vars(model_args).items() if name not in (*left_out, *LORA_OPTIONS)}
     defaults: dict[str, object] = {}
     if arguments.benchmark is not None:

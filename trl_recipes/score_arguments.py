@@ -6,7 +6,8 @@ from dataclasses import dataclass, field, fields
 
 from trl import ModelConfig
 
-from trl_recipes.arguments import ProblemArguments, RecipeError
+from trl_recipes.arguments import ProblemArguments
+from trl_recipes.errors import RecipeError
 
 
 DEFAULT_LENGTH = 512  # tokens of an answer at most

@@ -36,7 +36,6 @@ from trl import DatasetMixtureConfig, ModelConfig, SFTConfig  # noqa: E402
 
 from trl_recipes.arguments import (  # noqa: E402
     Options,
-    RecipeError,
     SFTArguments,
     TinyLoraArguments,
     parse,
@@ -45,6 +44,7 @@ from trl_recipes.arguments import (  # noqa: E402
 )
 from trl_recipes.callbacks import LOSS_COLUMNS, LOSS_PROGRESS  # noqa: E402
 from trl_recipes.ending import explained  # noqa: E402
+from trl_recipes.errors import RecipeError  # noqa: E402
 from trl_recipes.held_out import HeldOut  # noqa: E402
 from trl_recipes.methods import peft_config_of, refuse_unread_options  # noqa: E402
 from trl_recipes.problems import (  # noqa: E402
@@ -87,7 +87,7 @@ def run(options: Options[SFTArguments, SFTConfig]) -> None:
     recipe_args, training_args, model_args, mixture_args, tinylora_args = options
     refuse_unread_options(recipe_args, training_args, model_args)
     refuse_quantization_options(model_args)
-    hub = begin(options)
+    hub, recipe = begin(options)
 
     # --- data
     tokenizer = load_tokenizer(model_args, training_args.trust_remote_code)
@@ -127,7 +127,7 @@ def run(options: Options[SFTArguments, SFTConfig]) -> None:
     if not PartialState().is_main_process:
         return
     settings = settings_of_run(options, trainer.state.max_steps, settings_of_sft(training_args))
-    report = write_report(CURVE, held_out, settings, options)
+    report = write_report(CURVE, held_out, settings, options, recipe)
 
     # --- push
     conclude(CURVE, trained, held_out, report, hub, options, START)

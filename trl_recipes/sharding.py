@@ -14,7 +14,7 @@ from transformers.integrations.deepspeed import deepspeed_config
 from trl.models import unwrap_model_for_generation
 
 from peft_tinylora.gather import is_zero3
-from trl_recipes.arguments import RecipeError
+from trl_recipes.errors import RecipeError
 
 
 def send_gradients_only(training_args: TrainingArguments) -> None:

@@ -42,7 +42,8 @@ check_libraries_of_recipes()
 from tqdm import tqdm  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
-from trl_recipes.arguments import METHODS, RecipeArguments, RecipeError, TinyLoraArguments, parse, run_script  # noqa: E402
+from trl_recipes.arguments import METHODS, RecipeArguments, TinyLoraArguments, parse, run_script  # noqa: E402
+from trl_recipes.errors import RecipeError  # noqa: E402
 from trl_recipes.sweep_file import CHOOSE, Run, Sweep, load_sweep  # noqa: E402
 from trl_recipes.sweep_run import Failure, Processes, read_result, score, train, write_atomically  # noqa: E402
 

@@ -26,7 +26,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from trl_recipes.errors import RecipeError, in_one_line
+from trl_recipes.errors import RecipeError, in_one_line, shown
 from trl_recipes.yaml_files import read_yaml
 
 
@@ -277,8 +277,3 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"{path}: wants a mapping, and holds {type(values).__name__}.")
     return values
-
-
-def shown(value: object) -> str:
-    """A value as it is shown in an error: not all of it where it is long."""
-    return in_one_line(repr(value))

@@ -22,7 +22,7 @@ import yaml
 from trl import ModelConfig
 
 from trl_recipes.arguments import LORA_OPTIONS
-from trl_recipes.errors import RecipeError, in_one_line
+from trl_recipes.errors import RecipeError, in_one_line, shown
 from trl_recipes.sweep_file import Run, Sweep
 from trl_recipes.yaml_files import read_yaml
 
@@ -48,8 +48,8 @@ def read_result(run: Run, where: Path, name: str = RESULT) -> dict | None:
     if differing:
         key = differing[0]
         raise RecipeError(
-            f"{where} holds a run with {in_one_line(key)}: {in_one_line(repr(there.get(key)))}, and the sweep file now says "
-            f"{in_one_line(repr(run.options.get(key)))}: "
+            f"{where} holds a run with {in_one_line(key)}: {shown(there.get(key))}, and the sweep file now says "
+            f"{shown(run.options.get(key))}: "
             "remove that folder, or rename the sweep."
         )
     try:

@@ -21,10 +21,11 @@ from trl import GRPOConfig, ModelConfig, get_quantization_config
 from peft_tinylora import TinyLoraConfig
 from peft_tinylora.adapter_files import ADAPTER_FILES
 from peft_tinylora.card import FACTS_FILE
+from peft_tinylora.errors import first_line
 from peft_tinylora.gather import stored_shape, whole
 from peft_tinylora.hub import REPORT_FILES, TOKENIZER_FILES, is_changed
-from trl_recipes.arguments import RecipeError, TinyLoraArguments
-from trl_recipes.problems import first_line
+from trl_recipes.arguments import TinyLoraArguments
+from trl_recipes.errors import RecipeError
 from trl_recipes.sharding import gathered_parameters, partitioned_in
 
 
@@ -38,11 +39,16 @@ def hide_known_noise() -> None:
     warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)
 
 
+def model_name(model_args: ModelConfig) -> str:
+    """The base model's id or folder; raises [`RecipeError`] where none is set."""
+    if model_args.model_name_or_path is None:
+        raise RecipeError("no model: set model_name_or_path to a model id or a folder.")
+    return model_args.model_name_or_path
+
+
 def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     """Loads the base model's tokenizer, padding on the left as generation needs; see [`load_model`]."""
-    name = model_args.model_name_or_path
-    if name is None:
-        raise RecipeError("no model: set model_name_or_path to a model id or a folder.")
+    name = model_name(model_args)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name,
@@ -76,7 +82,7 @@ def load_model(
     Raises:
         RecipeError: if there is no such model.
     """
-    name = str(model_args.model_name_or_path)
+    name = model_name(model_args)
     kwargs: dict[str, Any] = {
         "revision": model_args.model_revision,
         "trust_remote_code": trust_remote_code,

@@ -25,10 +25,10 @@ from trl import ModelConfig
 from peft_tinylora import TinyLoraConfig
 from peft_tinylora.inline import PREFIX, inline_adapter_of_folder, name_of
 from peft_tinylora.served import skeleton
-from trl_recipes.arguments import RecipeError
 from trl_recipes.completing import complete, encode, evaluation_mode, generation_config
+from trl_recipes.errors import RecipeError
 from trl_recipes.score_arguments import ScoreArguments
-from trl_recipes.trainer_setup import load_model
+from trl_recipes.trainer_setup import load_model, model_name
 from trl_recipes.vllm_requests import Prompt
 from trl_recipes.vllm_servers import VllmServers, split_urls
 
@@ -114,11 +114,11 @@ def variants_on_servers(
         RecipeError: if no server answers.
         TinyLoraError: if the adapter is none that a request can carry.
     """
-    servers = VllmServers(split_urls(str(arguments.vllm_server_base_url)))
+    servers = VllmServers(split_urls(cast(str, arguments.vllm_server_base_url)))
     if arguments.adapter is None:
         models = {MODEL: servers.base_model()}
     else:
-        base = skeleton(str(model_args.model_name_or_path), model_args.model_revision, arguments.trust_remote_code)
+        base = skeleton(model_name(model_args), model_args.model_revision, arguments.trust_remote_code)
         adapter = inline_adapter_of_folder(arguments.adapter, base)
         models = {ADAPTER: adapter.text()}
         if arguments.controls:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from openai import OpenAI, OpenAIError, Timeout
 from tqdm import tqdm
 
-from trl_recipes.errors import RecipeError, in_one_line
+from trl_recipes.errors import RecipeError, in_one_line, shown
 from trl_recipes.vllm_requests import Completion, Prompt, ServerFailure, ask
 
 
@@ -140,7 +140,7 @@ class VllmServers:
                 name = server.client.models.list().data[0].id
                 if isinstance(name, str):
                     return name
-                reasons.append(f"{server.url} ({in_one_line(repr(name))} is no name)")
+                reasons.append(f"{server.url} ({shown(name)} is no name)")
             except (OpenAIError, LookupError, AttributeError, TypeError, ValueError, RecursionError) as error:
                 reasons.append(f"{server.url} ({in_one_line(error)})")
         raise RecipeError(f"no vLLM server says which model it has: {', '.join(reasons)}. Check the URLs.")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from trl_recipes.errors import RecipeError, in_one_line
+from trl_recipes.errors import RecipeError, in_one_line, shown
 
 
 MOST_VALUES = 100_000  # the longest file of this repository amounts to 800
@@ -28,15 +28,15 @@ def read_yaml(path: Path, what: str = "file") -> object:
     Raises:
         RecipeError: if it cannot be read, is no YAML, or amounts to more than `MOST_VALUES` values.
     """
-    shown = in_one_line(repr(str(path)))
+    name = shown(str(path))
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise RecipeError(f"no {what} {shown} (looked from {Path.cwd()}): check the path.") from error
+        raise RecipeError(f"no {what} {name} (looked from {Path.cwd()}): check the path.") from error
     except OSError as error:
-        raise RecipeError(f"{what} {shown} cannot be read ({error.strerror}): check the path.") from error
+        raise RecipeError(f"{what} {name} cannot be read ({error.strerror}): check the path.") from error
     except ValueError as error:  # a path or a text of bytes that are no characters
-        raise RecipeError(f"{shown} is not valid YAML: {in_one_line(error)}") from error
+        raise RecipeError(f"{name} is not valid YAML: {in_one_line(error)}") from error
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
