@@ -109,7 +109,7 @@ TALLY := outputs/tally.json
 robustness: export TINYLORA_TALLY := $(CURDIR)/$(TALLY)
 robustness: setup
 	@rm -f $(TALLY)
-	@$(PIP) install -qq atheris || echo "robustness: no atheris for this Python or system: without the guided inputs"
+	@$(PIP) install -qq atheris==3.0.0 || echo "robustness: atheris is not installed: the guided inputs are left out"
 	@$(VENV)/bin/python -m pytest -n auto -m "not gpu and not vllm" tests/faults tests/fuzz tests/hub/test_documents.py \
 	    tests/recipes/test_resume.py tests/test_long_run.py tests/test_extremes.py $(ARGS)
 	@for versions in oldest newest; do $(MAKE) --no-print-directory test-versions VERSIONS=$$versions ARGS= || exit 1; done
@@ -117,7 +117,7 @@ robustness: setup
 	@$(VENV)/bin/python tests/tally.py $(TALLY)
 
 # Each in an environment of its own, brought up to date every time. PyTorch's index is asked beside pip's own: of one
-# release, pip prefers the CPU build. What it passed with is counted last, if all of it passed.
+# release, pip prefers the CPU build. What it passed with is counted last, if all of it passed and ARGS left nothing out.
 VERSIONS_oldest := -c $(VERSIONS_VENV)/oldest.txt
 VERSIONS_newest := --upgrade --upgrade-strategy eager
 VERSIONS_main := --upgrade --upgrade-strategy eager $(foreach library,peft trl transformers accelerate,'$(library) \
@@ -131,7 +131,8 @@ test-versions:
 	$(VERSIONS_VENV)/bin/python -m pip --disable-pip-version-check install -qq $${index:+--extra-index-url "$$index"} \
 	    $(VERSIONS_$(VERSIONS)) -e '.[recipes,quantization,dev]'
 	@env -u TINYLORA_TALLY $(VERSIONS_VENV)/bin/python -m pytest -n auto --dist loadfile $(ARGS)
-	@TINYLORA_VERSIONS=$(VERSIONS) $(VERSIONS_VENV)/bin/python -m pytest tests/test_versions.py -k passed_with_$(VERSIONS)
+	$(if $(strip $(ARGS)),,@TINYLORA_VERSIONS=$(VERSIONS) $(VERSIONS_VENV)/bin/python -m pytest tests/test_versions.py \
+	    -k passed_with_$(VERSIONS))
 
 # PEFT's own tests for its TinyLoRA, run on this one. Needs PyPI the first time.
 test-peft: setup

@@ -18,11 +18,11 @@ def lower_bounds(*extras: str) -> dict[str, str]:
     project = tomllib.loads(PYPROJECT.read_text())["project"]
     needed = [line for extra in extras for line in project["optional-dependencies"][extra]] or project["dependencies"]
     pairs = [line.partition(">=") for line in needed]
-    return {name: version for name, _, version in pairs if version}
+    return {name: version.partition(",")[0] for name, _, version in pairs if version}
 
 
 def all_lower_bounds() -> dict[str, str]:
-    """Those of everything that the tests run with."""
+    """Those of everything that is installed for the tests."""
     return lower_bounds() | lower_bounds(*EXTRAS)
 
 

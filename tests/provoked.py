@@ -1,11 +1,14 @@
-"""What docs/troubleshooting.md quotes, provoked: each function does what a user does wrong, in a folder of its own."""
+"""What docs/troubleshooting.md quotes, provoked: each function does what a user does wrong, in a folder of its own.
+
+What needs another machine is stood in for: an error of a full disk or of want of memory is raised by hand where the
+package would catch it, and a library that is old or missing is only said to be.
+"""
 
 import errno
 import importlib.metadata
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +21,6 @@ from support import fill_vectors
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from trl import GRPOConfig, ModelConfig
 
-import peft_tinylora
 from peft_tinylora import AdapterBank, TinyLoraConfig, plan, versions
 from peft_tinylora.adapter_files import explained
 from peft_tinylora.hub import public_base, refuse_tokens
@@ -393,15 +395,3 @@ def the_text_of_a_portable_adapter() -> None:
 @provoked
 def an_unknown_source() -> None:
     read_settings({"PEFT_TINYLORA_VLLM": "math=outputs/maths"})
-
-
-def message_of(function: Callable) -> str:
-    """What a user sees: the message of the error, or of the one warning."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            function()
-        except (peft_tinylora.TinyLoraError, ImportError, NotImplementedError, ValueError, TypeError) as error:
-            return " ".join(str(error).split())
-    [message] = [str(warning.message) for warning in caught if warning.category is UserWarning]
-    return " ".join(message.split())

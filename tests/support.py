@@ -2,14 +2,17 @@
 
 import atexit
 import functools
+import importlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
 from pathlib import Path
 
+import huggingface_hub
 import peft
 import torch
 from packaging.version import Version
@@ -20,6 +23,9 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 # transformers 5.24 adds, switches and deletes adapters with PEFT 0.22 only, which was not released when it was; it loads them
 # with an older one.
 TRANSFORMERS_REFUSES_PEFT = Version(peft.__version__) < Version(MIN_PEFT_VERSION)
+IS_TORCH_2_6 = Version(torch.__version__).release[:2] == (2, 6)
+IS_HUB_1 = Version(huggingface_hub.__version__).major == 1
+HTTPX = importlib.import_module("httpx" if IS_HUB_1 else "httpx2")  # huggingface_hub's own client
 
 
 def make_tiny_llama(seed: int = 0, **fields: object) -> LlamaForCausalLM:
@@ -58,9 +64,9 @@ def warm_python() -> tuple[str, ...]:
     hub/warm.py. That one starts at the first use in a test process, and ends with it.
     """
     folder = tempfile.mkdtemp(prefix="warm-")
-    warm, socket = str(TESTS / "hub" / "warm.py"), f"{folder}/socket"
+    warm, address = str(TESTS / "hub" / "warm.py"), f"{folder}/socket"
     server = subprocess.Popen(
-        [sys.executable, "-W", "ignore", warm, "serve", socket],
+        [sys.executable, "-W", "ignore", warm, "serve", address],
         env={**os.environ, "PYTHONPATH": IMPORT_PATH, "HF_HOME": folder},
         stdout=subprocess.PIPE,
         text=True,
@@ -68,7 +74,7 @@ def warm_python() -> tuple[str, ...]:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     atexit.register(server.kill)
     assert server.stdout.readline() == "ready\n"
-    return sys.executable, "-IS", warm, "run", socket, "python"
+    return sys.executable, "-IS", warm, "run", address, "python"
 
 
 def run_python_process(script: str, *arguments: object) -> str:
@@ -81,6 +87,13 @@ def run_python_process(script: str, *arguments: object) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        return unused.getsockname()[1]
 
 
 def fill_vectors(model: torch.nn.Module, scale: float = 1.0, seed: int = 7, adapter_name: str = "default") -> None:

@@ -1,6 +1,6 @@
-"""What the tests counted, added up: kills survived, files tried, inputs fuzzed, versions tested, doc blocks run.
+"""What the tests counted, added up: faults survived, files tried, inputs fuzzed, versions tested, doc blocks run.
 
-A test says so with pytest's own `record_property("kills survived", 40)`, and only of what went as it should. The sums
+A test says so with pytest's own `record_property("faults survived", 40)`, and only of what went as it should. The sums
 are the last lines of a run; with the environment variable TINYLORA_TALLY they are added to that JSON file as well, so
 that runs in several environments have one sum:
 
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 
-COUNTED = ("kills survived", "files tried", "inputs fuzzed", "versions tested", "doc blocks run")
+COUNTED = ("faults survived", "files tried", "inputs fuzzed", "versions tested", "doc blocks run")
 
 
 def counts_of(reports: list[pytest.TestReport]) -> Counter:

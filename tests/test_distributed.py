@@ -1,29 +1,27 @@
 """Two processes with gloo: DDP, and FSDP2 with a shard for each layer, against one process."""
 
 import json
-import socket
 
 import pytest
 import torch
 from peft import get_peft_model
-from support import fill_vectors, run_python_process
+from support import IS_TORCH_2_6, fill_vectors, free_port, run_python_process
 
 from peft_tinylora import TinyLoraConfig, TinyLoraLayer
 
 
-pytestmark = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 has no FSDP2 on a CPU")
-
+needs_fsdp2 = pytest.mark.skipif(IS_TORCH_2_6, reason="torch 2.6 has no FSDP2 on a CPU")
 TILED = {"u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
 
-# Prints the gradients of v, by DDP and by FSDP2, of a batch split over two processes. Arguments: the config, a port.
-TWO_PROCESSES = """
+# Three parts of a script that prints the gradients of v, by DDP and by FSDP2, of a batch split over two processes.
+# Arguments: the config, a port.
+BY_DDP = """
     import json, os, sys
     from ast import literal_eval
     import torch
     import torch.distributed as dist
     from support import fill_vectors, make_tiny_llama
     from peft import get_peft_model
-    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
     from peft_tinylora import TinyLoraConfig
 
@@ -46,6 +44,9 @@ TWO_PROCESSES = """
     replica = DistributedDataParallel(model)
     replica(input_ids=tokens, labels=tokens).loss.backward()
     printed["ddp"] = [g.tolist() for g in gradients(model)]
+"""
+BY_FSDP2 = """
+    from torch.distributed.fsdp import fully_shard
 
     model = adapted()
     for layer in model.base_model.model.model.layers:
@@ -73,7 +74,8 @@ TWO_PROCESSES = """
     model = get_peft_model(base, TinyLoraConfig(**literal_eval(sys.argv[1])))
     factors = [(m.tinylora_A["default"], m.tinylora_B["default"]) for m in model.modules() if isinstance(m, TinyLoraLayer)]
     printed["sharded base"] = [[t.tolist() for t in pair] for pair in factors]
-
+"""
+THE_END = """
     dist.destroy_process_group()
     if rank == 1:
         os._exit(0)
@@ -85,15 +87,13 @@ TWO_PROCESSES = """
 @pytest.fixture(scope="module")
 def by_two_processes(tmp_path_factory) -> dict[str, list]:
     """What two processes computed, by name."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    script = BY_DDP + ("" if IS_TORCH_2_6 else BY_FSDP2) + THE_END
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PEFT_TINYLORA_CACHE", str(tmp_path_factory.mktemp("basis")))
-        return json.loads(run_python_process(TWO_PROCESSES, TILED, port).splitlines()[-1])
+        return json.loads(run_python_process(script, TILED, free_port()).splitlines()[-1])
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp2", marks=needs_fsdp2)])
 def test_gradient_of_two_processes_is_that_of_one(tiny_llama, by_two_processes, way: str) -> None:
     model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
     fill_vectors(model, 0.3)
@@ -104,6 +104,7 @@ def test_gradient_of_two_processes_is_that_of_one(tiny_llama, by_two_processes, 
     torch.testing.assert_close(torch.tensor(by_two_processes[way]), expected, rtol=1e-4, atol=1e-7)
 
 
+@needs_fsdp2
 def test_a_step_under_fsdp2_is_noticed_by_the_next_forward(tiny_llama, by_two_processes) -> None:
     model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
     fill_vectors(model, 0.3)
@@ -118,6 +119,7 @@ def test_a_step_under_fsdp2_is_noticed_by_the_next_forward(tiny_llama, by_two_pr
     assert by_two_processes["loss after a step"] == pytest.approx(losses[1], rel=1e-4)
 
 
+@needs_fsdp2
 def test_basis_of_a_sharded_base_is_that_of_a_whole_one(tiny_llama, by_two_processes) -> None:
     model = get_peft_model(tiny_llama(), TinyLoraConfig(**TILED))
     layers = [module for module in model.modules() if isinstance(module, TinyLoraLayer)]

@@ -4,7 +4,7 @@ import importlib.util
 import re
 import shlex
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -162,9 +162,9 @@ def test_every_page_of_docs_is_in_the_index_and_every_picture_on_a_page() -> Non
         assert f"(how_it_works/{picture.name})" in text and picture.stat().st_size <= 150_000, picture.name
 
 
-def commands_of(program: str) -> list[str]:
-    """All commands of a program in the bash blocks of all pages, also of those that no test can run."""
-    text = "\n".join(block.text for page in PAGES for block in blocks_of(page) if block.language == "bash")
+def commands_of(program: str, pages: Sequence[Path] = PAGES) -> list[str]:
+    """All commands of a program in the bash blocks of pages, also of those that no test can run."""
+    text = "\n".join(block.text for page in pages for block in blocks_of(page) if block.language == "bash")
     return re.findall(rf"{program}([^\n#]*)", text.replace("\\\n", " "))
 
 
@@ -180,6 +180,14 @@ def test_the_recipes_take_every_command(recipe: str, tmp_path) -> None:
         parse(RECIPES[recipe], recipe, words)
 
 
+def test_the_readme_and_the_serving_page_have_commands() -> None:
+    """So that the patterns by which commands are found still find them."""
+    assert commands_of(r"trl_recipes/\w+\.py", [ROOT / "README.md"])
+    serving = re.findall(r"trl_recipes/(\w+)\.py ", (ROOT / "docs" / "serving.md").read_text())
+    assert serving == ["grpo", "grpo", "score"]
+    assert len(commands_of(r"trl_recipes/\w+\.py", [ROOT / "docs" / "serving.md"])) == len(serving)
+
+
 def test_the_command_line_takes_every_command() -> None:
     commands = commands_of(r"(?m:^)peft-tinylora ")
     assert len(commands) >= 10
@@ -191,9 +199,12 @@ def test_the_command_line_takes_every_command() -> None:
 def test_files_and_make_targets_that_a_page_names_exist(page: Path) -> None:
     text = page.read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"(?:`|^)make ([a-z][a-z0-9-]+)", text, re.MULTILINE):
+    targets = re.findall(r"(?:`|^)make ([a-z][a-z0-9-]+)", text, re.MULTILINE)
+    for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
-    for file in re.findall(
+    files = re.findall(
         r"\b((?:trl_recipes|peft_tinylora|tests|benchmarks|docs)/[\w/.-]+\.(?:py|yaml|jsonl|md))\b", text
-    ):
+    )
+    for file in files:
         assert (ROOT / file).exists(), file
+    assert (targets and files) or page != ROOT / "README.md"  # which has both

@@ -7,7 +7,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from peft import PeftModel, get_peft_model
-from support import fill_vectors, make_tiny_llama, run_python_process
+from support import fill_vectors, free_port, make_tiny_llama, run_python_process
 
 from peft_tinylora import TinyLoraConfig
 
@@ -72,12 +72,8 @@ ZERO3 = """
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs DeepSpeed: make test-zero3")
 def test_basis_of_a_zero3_base_is_that_of_a_whole_one(monkeypatch) -> None:
-    import socket
     import textwrap
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     monkeypatch.setenv("SCRIPT", textwrap.dedent(ZERO3))
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    assert "same basis" in run_python_process(ZERO3, TILED, port)
+    assert "same basis" in run_python_process(ZERO3, TILED, free_port())

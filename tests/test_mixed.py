@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import get_peft_model
-from support import fill_vectors
+from support import IS_TORCH_2_6, fill_vectors
 from torch import nn
 from transformers import BartConfig, BartForConditionalGeneration, GenerationConfig, MixtralConfig, MixtralForCausalLM
 
@@ -273,9 +273,7 @@ def test_nothing_stays_after_an_error(tiny_llama, tokens) -> None:
     assert not model.tinylora_v.mixed_batches
 
 
-@pytest.mark.skipif(
-    torch.__version__.startswith("2.6."), reason="torch 2.6 cannot trace transformers' models, adapter or not"
-)
+@pytest.mark.skipif(IS_TORCH_2_6, reason="torch 2.6 cannot trace transformers' models, adapter or not")
 def test_compiled_model(tiny_llama, tokens) -> None:
     model = with_adapters(tiny_llama())
     expected = model(tokens, adapter_names=NAMES).logits

@@ -6,15 +6,13 @@ import io
 import peft
 import pytest
 import torch
-from packaging.version import Version
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from support import TRANSFORMERS_REFUSES_PEFT, fill_vectors
+from support import IS_TORCH_2_6, TRANSFORMERS_REFUSES_PEFT, fill_vectors
 
 from peft_tinylora import ConfigError, TinyLoraConfig, TinyLoraLayer, build, projection
 
 
 TILED = {"r": 2, "u": 1, "tie": "tiled", "n_tie": 4, "target_modules": "all-linear"}
-IS_TORCH_2_6 = Version(torch.__version__).release[:2] == (2, 6)
 
 
 def trained_names(model: torch.nn.Module) -> list[str]:

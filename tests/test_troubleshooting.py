@@ -5,13 +5,14 @@ import builtins
 import functools
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import peft
 import pytest
 from hub.pages import blocks_of
-from provoked import PROVOKED, message_of
+from provoked import PROVOKED
 
 import peft_tinylora
 from peft_tinylora import errors
@@ -30,6 +31,18 @@ def without_accidents(message: str, folder: Path = Path("/home/ada")) -> str:
     message = message.replace(f"PEFT {peft.__version__}", "PEFT 0.21.2")
     message = re.sub(r"Error while deserializing[^)]*", "...", message)
     return re.sub(r"\d+%|\d\.\d+(?!\.)", "0", message)
+
+
+def message_of(function: Callable) -> str:
+    """What a user sees: the message of the error, or of the one warning."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            function()
+        except (peft_tinylora.TinyLoraError, ImportError, NotImplementedError, ValueError, TypeError) as error:
+            return " ".join(str(error).split())
+    [message] = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    return " ".join(message.split())
 
 
 @functools.cache

@@ -3,9 +3,8 @@
 import re
 from pathlib import Path
 
-import huggingface_hub
 import pytest
-from support import run_python_process
+from support import IS_HUB_1, run_python_process
 
 from peft_tinylora import ConfigError
 from peft_tinylora.vllm import register
@@ -73,7 +72,7 @@ def test_what_names_no_folder_is_refused(here, entry: str) -> None:
     "entry",
     ["..", "../secret", "user/..", "a..b/c", "/etc", "./one", "a/b/c", "user name", "user/name@main", "user/", "*",
      "https://huggingface.co/user/name", "user--name/x", "-", "a.git", "x" * 97, "inline;user/name",
-     pytest.param("é", marks=pytest.mark.skipif(huggingface_hub.__version__ < "2", reason="huggingface_hub 1 lets it pass"))],
+     pytest.param("é", marks=pytest.mark.skipif(IS_HUB_1, reason="huggingface_hub 1 lets it pass"))],
 )  # fmt: skip
 def test_what_is_no_id_is_refused(here, entry: str) -> None:
     is_neither = f"{VARIABLE}: {entry!r} is neither `inline`, nor NAME=FOLDER, nor a Hub id like 'user/name'."

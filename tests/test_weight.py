@@ -2,10 +2,9 @@
 
 from types import SimpleNamespace
 
-import bitsandbytes
+import bitsandbytes.functional as F
 import pytest
 import torch
-from packaging.version import Version
 from peft import get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from quantized import BACKENDS, GROUP, HUB, skip_unless_installed
@@ -18,7 +17,6 @@ from peft_tinylora import weight as weight_module
 from peft_tinylora.weight import check_supported, dense_matrix, dequantize_model, quantization_backend
 
 
-IS_OLD_BITSANDBYTES = Version(bitsandbytes.__version__) < Version("0.49")
 CONFIG = {"r": 2, "u": 1, "tie": "full", "target_modules": "all-linear"}
 
 
@@ -64,20 +62,16 @@ def test_a_dtype_without_singular_vectors_is_refused_by_name(dtype):
     assert [type(module) for module in model.modules()] == before
 
 
-@pytest.mark.skipif(IS_OLD_BITSANDBYTES, reason="bitsandbytes before 0.49 has no kernel of its own for a CPU")
 def test_a_weight_packed_for_inference_is_refused(folder):
-    from bitsandbytes.functional import _convert_weight_packed_for_cpu
-
     model = BACKENDS["bnb-nf4"](folder)
     layer = model.model.layers[0].mlp.up_proj
-    layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
+    layer.weight.data, layer.weight.quant_state = F._convert_weight_packed_for_cpu(
         layer.weight.data, layer.weight.quant_state
     )
     with pytest.raises(UnsupportedModuleError, match=r"mlp\.up_proj.*packed.*before the first forward"):
         get_peft_model(model, TinyLoraConfig(**CONFIG))
 
 
-@pytest.mark.skipif(IS_OLD_BITSANDBYTES, reason="bitsandbytes before 0.49 has no kernel of its own for a CPU")
 def test_rows_that_the_cpu_kernel_misreads_are_refused(tmp_path):
     make_tiny_llama(hidden_size=96, intermediate_size=128, num_hidden_layers=1).save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModuleError, match=r"rows \(96\) are no multiple of its block size \(64\)"):
@@ -86,11 +80,8 @@ def test_rows_that_the_cpu_kernel_misreads_are_refused(tmp_path):
     get_peft_model(BACKENDS["bnb-nf4"](tmp_path), TinyLoraConfig(**CONFIG | {"target_modules": ["down_proj"]}))
 
 
-@pytest.mark.skipif(IS_OLD_BITSANDBYTES, reason="bitsandbytes before 0.49 has no kernel of its own for a CPU")
 def test_that_kernel_still_misreads_them():
     """Fails when bitsandbytes reads such rows: then the refusal above can go, with its version."""
-    import bitsandbytes.functional as F
-
     W = torch.randn(96, 96, generator=torch.Generator().manual_seed(0))
     quantized, state = F.quantize_4bit(W, quant_type="nf4", blocksize=64)
     if torch.backends.cpu.get_cpu_capability() != "AVX512":

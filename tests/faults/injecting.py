@@ -27,16 +27,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import huggingface_hub.errors
 import pytest
 import torch
 from recipes.killed_runs import Killer, exit_status, fork
+from support import HTTPX
 
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM}
 DISK_PLACES = ("file", "rename")
-# httpx, or httpx2 from huggingface_hub 2.
-HTTP = sys.modules[huggingface_hub.errors.HTTPError.__module__.partition(".")[0]]
 
 
 class Fault(NamedTuple):
@@ -85,8 +83,8 @@ class Injector(Killer):
 
     def install(self) -> None:
         super().install()
-        self.wrap(HTTP.HTTPTransport, "handle_request", "asked", "before")
-        self.wrap(HTTP.HTTPTransport, "handle_request", "answered", "after")
+        self.wrap(HTTPX.HTTPTransport, "handle_request", "asked", "before")
+        self.wrap(HTTPX.HTTPTransport, "handle_request", "answered", "after")
 
 
 def ended(

@@ -88,7 +88,7 @@ def test_a_build_that_is_killed_goes_on_after_the_modules_that_are_kept(bases, r
     last = bases.build()
     assert last.status == 0 and last.counts["module"] == MODULES - 15
     assert "have other weights" not in last.log
-    record_property("kills survived", 3)
+    record_property("faults survived", 3)
 
 
 def test_what_killed_builds_left_is_swept_away_once_it_is_old(bases, record_property) -> None:
@@ -96,7 +96,7 @@ def test_what_killed_builds_left_is_swept_away_once_it_is_old(bases, record_prop
     [left] = bases.cache.glob("*/.writing-*")
     os.utime(left, (0, time.time() - 2 * trouble.STALE_SECONDS))
     assert bases.build().status == 0 and not left.exists()
-    record_property("kills survived", 1)
+    record_property("faults survived", 1)
 
 
 def test_a_full_and_a_read_only_disk_are_named_and_cost_training_a_warning_only(
@@ -113,7 +113,7 @@ def test_a_full_and_a_read_only_disk_are_named_and_cost_training_a_warning_only(
     assert "the basis could not be kept in" in caplog.text and "is read-only" in caplog.text
     disk.remount("rw,size=1g")
     assert bases.build().status == 0
-    record_property("kills survived", 3)
+    record_property("faults survived", 3)
 
 
 @pytest.mark.slow  # a hundred and fifty builds
@@ -140,4 +140,4 @@ def test_builds_that_are_broken_at_random_points(bases, disk, points: Points, re
         os.utime(path, (0, time.time() - 2 * trouble.STALE_SECONDS))
     bases.clear()
     assert bases.build().status == 0 and list(bases.cache.glob("*/*")) == [file]
-    record_property("kills survived", survived)
+    record_property("faults survived", survived)

@@ -107,7 +107,7 @@ def test_a_pull_that_is_killed_leaves_no_folder_and_what_it_left_is_swept_away(p
     os.utime(mine, (0, 0))
     pulls.whole()
     assert pulls.left() == [mine]
-    record_property("kills survived", 3)
+    record_property("faults survived", 3)
 
 
 def test_a_pulled_folder_has_the_permissions_of_any_other(pulls) -> None:
@@ -129,7 +129,7 @@ def test_into_a_folder_that_was_there_the_weights_come_last(pulls, record_proper
         assert not (pulls.target / "adapter_model.safetensors").exists(), at
     again = pulls.go()
     assert again.status == 1 and "name another folder, or remove it first" in again.error
-    record_property("kills survived", whole.counts["rename"])
+    record_property("faults survived", whole.counts["rename"])
 
 
 def test_a_full_and_a_read_only_disk_are_named(pulls, disk, record_property) -> None:
@@ -139,7 +139,7 @@ def test_a_full_and_a_read_only_disk_are_named(pulls, disk, record_property) -> 
     assert pulls.broken("readonly")
     disk.remount("rw,size=1g")
     pulls.whole()
-    record_property("kills survived", 2)
+    record_property("faults survived", 2)
 
 
 def test_a_full_disk_of_the_hubs_cache_is_named(pulls, record_property) -> None:
@@ -148,7 +148,7 @@ def test_a_full_disk_of_the_hubs_cache_is_named(pulls, record_property) -> None:
         assert pulls.broken("cache") and pulls.left() == []
         disk.remount("size=1g")
         pulls.whole()
-    record_property("kills survived", 1)
+    record_property("faults survived", 1)
 
 
 @pytest.mark.slow  # two hundred pulls
@@ -181,4 +181,4 @@ def test_pulls_that_are_broken_at_random_points(pulls, disk, points: Points, rec
     pulls.begin()
     pulls.whole()
     assert pulls.left() == []
-    record_property("kills survived", survived)
+    record_property("faults survived", survived)

@@ -74,7 +74,7 @@ def test_a_push_that_is_killed_leaves_the_old_adapter_or_the_new_one(pushes, hub
         assert pushes.broken(Fault("kill", "asked", at), {}, new)
     pushes.whole()
     assert pushes.files() == new
-    record_property("kills survived", len(points))
+    record_property("faults survived", len(points))
 
 
 @pytest.mark.slow  # two hundred pushes
@@ -107,4 +107,4 @@ def test_pushes_that_are_broken_at_random_points(pushes, hub, trainer, other, po
                 start = pushes.files()
         pushes.whole()
         assert pushes.files() == new
-    record_property("kills survived", survived)
+    record_property("faults survived", survived)

@@ -42,11 +42,12 @@ def aborted(answer: dict) -> dict:
     return answer | {"choices": [choice | {"finish_reason": "abort"} for choice in answer["choices"]]}
 
 
-FAULTS = [(500, "Broken."), (503, "Starting."), (429, "Busy."), half, fewer, aborted, 0.4]
+DELAY = 0.4  # seconds; no fault
+FAULTS = [(500, "Broken."), (503, "Starting."), (429, "Busy."), half, fewer, aborted, DELAY]
 
 
 def served_amid_faults(start: Callable, points: Points, batches: int) -> int:  # noqa: F811
-    """Batches of prompts to three servers that fail now and then, one of which dies and comes back; how many faults came."""
+    """Batches of prompts to three servers that fail now and then, one of which dies; how many faults came."""
     survived = 0
     for _ in range(batches):
         laid = [[points.choice([None, points.choice(FAULTS)]) for _ in range(8)] for _ in range(3)]
@@ -58,18 +59,18 @@ def served_amid_faults(start: Callable, points: Points, batches: int) -> int:  #
             prompts = make_prompts(20, n=2)
             assert client.generate(MODEL, prompts, max_tokens=8) == expected(prompts), laid
         for server, faults in zip(servers, laid, strict=True):
-            survived += sum(fault is not None for fault in faults[: len(faults) - len(server.faults)])
+            survived += sum(fault not in (None, DELAY) for fault in faults[: len(faults) - len(server.faults)])
     assert threads_left() == []
     return survived
 
 
 def test_no_answer_is_lost_and_none_is_anothers(start, points: Points, record_property) -> None:  # noqa: F811
-    record_property("kills survived", served_amid_faults(start, points, 2))
+    record_property("faults survived", served_amid_faults(start, points, 2))
 
 
 @pytest.mark.slow
 def test_no_answer_is_lost_and_none_is_anothers_many_times(start, points: Points, record_property) -> None:  # noqa: F811
-    record_property("kills survived", served_amid_faults(start, points, 20))
+    record_property("faults survived", served_amid_faults(start, points, 20))
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +107,12 @@ def cut_files(adapters: Path, root: Path, points: Points, times: int) -> int:
 
 
 def test_of_files_that_are_half_there_nothing_is_loaded(adapters, tmp_path, points: Points, record_property) -> None:
-    record_property("kills survived", cut_files(adapters, tmp_path, points, 10))
+    record_property("files tried", cut_files(adapters, tmp_path, points, 10))
 
 
 @pytest.mark.slow
 def test_of_many_files_that_are_half_there_nothing_is_loaded(adapters, tmp_path, points, record_property) -> None:
-    record_property("kills survived", cut_files(adapters, tmp_path, points, 100))
+    record_property("files tried", cut_files(adapters, tmp_path, points, 100))
 
 
 def test_what_a_killed_server_left_in_memory_is_swept_away_by_the_next(tmp_path, monkeypatch, record_property) -> None:
@@ -140,4 +141,4 @@ def test_what_a_killed_server_left_in_memory_is_swept_away_by_the_next(tmp_path,
             os.utime(inside, (0, time.time() - 2 * trouble.STALE_SECONDS))
     with serving.lora_folder(adapter) as folder:
         assert list((tmp_path / "memory").iterdir()) == [folder]
-    record_property("kills survived", 3)
+    record_property("faults survived", 3)

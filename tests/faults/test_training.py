@@ -3,7 +3,6 @@
 import os
 import runpy
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from faults.injecting import Ended, Fault, Points, SmallDisk, ended, small_disk
 from recipes.killed_runs import torn_in
 from recipes.runs import ROOT
+from support import free_port
 
 from trl_recipes import grpo, sft  # noqa: F401 - once, and not in each fork
 from trl_recipes.checkpoints import checkpoints_in, complaint
@@ -55,10 +55,7 @@ class Runs:
             **{"overwrite_output_dir": "false", "resume_from_checkpoint": "true"},
         } | own
         line = [part for option, value in (given | options).items() for part in (f"--{option}", str(value))]
-
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
 
         def work(rank: int) -> None:
             if processes > 1:
@@ -99,7 +96,7 @@ class Runs:
             "last checkpoint": (last.name, (last / "optimizer.pt").read_bytes()),
         }
 
-    def survived(self, recipe: str, name: str, fault: object, broken: Ended) -> None:
+    def survived(self, name: str, fault: object, broken: Ended) -> None:
         """A broken run has left nothing that is torn, and has said what there is to say."""
         assert not torn_in(self.folder(name)), fault
         assert all(complaint(path) is None for path in checkpoints_in(self.folder(name))), fault
@@ -161,7 +158,7 @@ def filled(runs: Runs, recipe: str, disk: SmallDisk, share: float) -> bool:
     disk.remount("size=1g")
     fault = f"full at {share} of {pages} pages"
     if broken.status:
-        runs.survived(recipe, "full", fault, broken)
+        runs.survived("full", fault, broken)
     runs.as_left_alone(recipe, "full", fault)
     return broken.status != 0
 
@@ -176,23 +173,23 @@ def test_a_run_that_is_ended_in_its_middle_says_so_and_goes_on(runs, record_prop
     for index, fault in enumerate(faults):
         runs.left_alone("sft")
         broken = runs.go("sft", str(index), fault)
-        runs.survived("sft", str(index), fault, broken)
+        runs.survived(str(index), fault, broken)
         assert checkpoints_in(runs.folder(str(index))), fault
         runs.as_left_alone("sft", str(index), fault)
-    record_property("kills survived", len(faults))
+    record_property("faults survived", len(faults))
 
 
 def test_a_full_disk_is_named_and_leaves_the_checkpoints_whole(runs, disk, record_property) -> None:
     assert filled(runs, "sft", disk, 0.6)
-    record_property("kills survived", 1)
+    record_property("faults survived", 1)
 
 
 def test_a_disk_that_is_read_only_from_the_start_is_named(runs, disk, record_property) -> None:
     disk.remount("ro")
     broken = runs.go("sft", "full")
     disk.remount("rw")
-    runs.survived("sft", "full", Fault("readonly", "file", 0), broken)
-    record_property("kills survived", 1)
+    runs.survived("full", Fault("readonly", "file", 0), broken)
+    record_property("faults survived", 1)
 
 
 def test_after_want_of_memory_a_run_goes_on_with_smaller_batches(runs, record_property) -> None:
@@ -205,7 +202,7 @@ def test_after_want_of_memory_a_run_goes_on_with_smaller_batches(runs, record_pr
         resumed = runs.go(recipe, f"smaller-{recipe}", resume_from_checkpoint=named, **more)
         assert resumed.status == 0, resumed.log
         assert [path.name for path in checkpoints_in(runs.folder(f"smaller-{recipe}"))][-1] == f"checkpoint-{STEPS}"
-    record_property("kills survived", 2)
+    record_property("faults survived", 2)
 
 
 @pytest.mark.slow  # four runs of two processes
@@ -215,12 +212,12 @@ def test_of_two_processes_one_is_asked_to_stop_and_both_stop_after_the_same_step
         fault = Fault("term", "backward", when)
         broken = runs.go(recipe, "asked", fault, processes=2)
         assert broken.status == STOPPED, broken.log
-        runs.survived(recipe, "asked", fault, broken)
+        runs.survived("asked", fault, broken)
         resumed = runs.go(recipe, "asked", processes=2)
         assert resumed.status == 0, resumed.log
         assert runs.left("asked") == runs.left(f"two-{recipe}")
         shutil.rmtree(runs.folder("asked"))
-    record_property("kills survived", 2)
+    record_property("faults survived", 2)
 
 
 @pytest.mark.slow  # a hundred and fifty runs
@@ -234,13 +231,13 @@ def test_runs_that_are_broken_at_random_points_again_and_again(runs, points: Poi
             broken = runs.go(recipe, name, faults[-1])
             if broken.status == 0:  # it came to its end before
                 break
-            runs.survived(recipe, name, faults[-1], broken)
+            runs.survived(name, faults[-1], broken)
             survived += 1
             if runs.is_finished(name):
                 break
         runs.as_left_alone(recipe, name, faults)
         shutil.rmtree(runs.root / name)
-    record_property("kills survived", survived)
+    record_property("faults survived", survived)
 
 
 @pytest.mark.slow
@@ -248,4 +245,4 @@ def test_disks_that_are_full_at_random_points(runs, disk, points: Points, record
     shares = [points.random() * 1.2 for _ in range(20)]
     broken = [filled(runs, points.choice(("grpo", "sft")), disk, share) for share in shares]
     assert sum(broken) > 10
-    record_property("kills survived", sum(broken))
+    record_property("faults survived", sum(broken))

@@ -2,11 +2,12 @@
 
     python tests/fuzz/guided.py inline_body answers --runs 20000 [--seed 1]
 
-Without a name, all of them. An input that is read wrongly is kept in the working directory as crash-..., timeout-... or
-oom-...; once what is behind it is mended it goes into its reader's `found`. The last line says how many inputs were read.
+Without a name, all of them. An input that is read wrongly is printed in Base64; once what is behind it is mended it goes
+into its reader's `found`. The last line says how many inputs were read.
 """
 
 import argparse
+import base64
 import os
 import re
 import subprocess
@@ -40,7 +41,7 @@ def run(name: str, runs: int, seed: int) -> int:
     """Fuzzes one reader in a process of its own; returns how many inputs libFuzzer says that it read.
 
     Raises:
-        RuntimeError: if one was read wrongly; with the end of what the process said.
+        RuntimeError: if one was read wrongly; with the end of what the process said, and the input.
     """
     from fuzz.readers.all import reader_of
 
@@ -53,6 +54,7 @@ def run(name: str, runs: int, seed: int) -> int:
         tokens.write_text("".join(f'"{as_token(token)}"\n' for token in reader.tokens if 0 < len(token) <= 64))
         options = [f"-runs={runs}", f"-seed={seed}", f"-max_len={LONGEST}", f"-timeout={SECONDS_FOR_ONE}"]
         options += [f"-rss_limit_mb={MOST_MEGABYTES}", "-print_final_stats=1", "-verbosity=0"]
+        options += [f"-artifact_prefix={folder}/wrong-"]
         options += [f"-dict={tokens}"] * (tokens.stat().st_size > 0)  # libFuzzer refuses an empty one
         done = subprocess.run(
             [sys.executable, "-W", "ignore", __file__, *options, str(corpus)],
@@ -64,9 +66,14 @@ def run(name: str, runs: int, seed: int) -> int:
             env=os.environ
             | {CHILD: name, "TMPDIR": folder, "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])},
         )
+        # libFuzzer prints those of up to 256 bytes only.
+        wrong = [
+            f"{path.name}: {base64.b64encode(path.read_bytes()).decode()}" for path in Path(folder).glob("wrong-*")
+        ]
     read = re.search(r"stat::number_of_executed_units:\s*(\d+)", done.stdout)
     if done.returncode or read is None:
-        raise RuntimeError(f"{name}: libFuzzer ended with {done.returncode}:\n{done.stdout[-6000:]}")
+        said = "\n".join([done.stdout[-6000:], *wrong])
+        raise RuntimeError(f"{name}: libFuzzer ended with {done.returncode}:\n{said}")
     return int(read[1])
 
 

@@ -1,7 +1,10 @@
 """What every reader of a file, a text or an answer is put through: inputs that nobody meant, within bounds of time and memory.
 
-A reader either takes an input for what its bytes say, which its own checks compare with a parser of theirs, or refuses it by
-one of the errors that its docstring names, in one line. All else is a failure: another error, a hang, gigabytes.
+A reader either takes an input or refuses it by one of the errors that its docstring names, in one line. All else is a
+failure: another error, a hang, gigabytes. Readers of adapters, and some others, compare what was taken with what a parser of
+the tests' own finds in the bytes; the rest check what must hold of it, or only that it was read. Time is bounded where Python
+code runs, since a signal's handler waits for a call into C to return, and memory is looked at afterwards; guided.py bounds both
+from outside.
 """
 
 import atexit

@@ -82,6 +82,9 @@ def complaints(tree: ast.AST, name: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             if (node.module or "").partition(".")[0] in MODULES:
                 yield f"{line}: from {node.module} import"
+            for imported in (f"{node.module}.{alias.name}" for alias in node.names):
+                if imported in CALLS or imported == "torch.load":  # whose arguments are looked at by that name only
+                    yield f"{line}: {imported}"
         elif isinstance(node, ast.Name) and node.id in NAMES:
             yield f"{line}: {node.id}"
         elif isinstance(node, ast.Attribute) and dotted(node) in CALLS:
@@ -133,6 +136,8 @@ WRONG = [
     *(
         "import pickle",
         "from pickle import loads",
+        "from torch import load",
+        "from os import system as run",
         "import dill as d",
         "eval('1')",
         "f = exec",

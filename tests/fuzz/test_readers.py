@@ -1,4 +1,4 @@
-"""Every reader takes a changed input for what it says or refuses it, within bounds of time and memory."""
+"""Every reader takes a changed input, for what it says where that is checked, or refuses it, within harness.py's bounds."""
 
 import pytest
 from fuzz.harness import fuzz, quick_and_long

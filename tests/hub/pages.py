@@ -1,6 +1,7 @@
 """The code blocks of the documentation, and a shell in which they run as they stand, quickly and away from the network."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,16 +59,21 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """All code blocks of a page, also those that are indented: those are commands where a line begins like one."""
+    """All code blocks of a page, also those without a language: those are commands where a line begins like one."""
     blocks = []
     for token in MarkdownIt().parse(page.read_text()):
         if token.type not in ("fence", "code_block"):
             continue
         language, _, remark = token.info.strip().partition(" ")
-        if token.type == "code_block" and COMMANDS & {line.split(" ")[0] for line in token.content.splitlines()}:
+        if not language and any(program_of(line) in COMMANDS for line in token.content.splitlines()):
             language = "bash"
         blocks.append(Block(language, remark, token.content, token.map[0] + 1))
     return blocks
+
+
+def program_of(line: str) -> str:
+    """The name of the program that a line would start, behind variables that it sets and a prompt; or its first word."""
+    return Path(re.sub(r"^\s*(\$\s+)?(\w+=\S*\s+)*", "", line).partition(" ")[0]).name
 
 
 class Shell:

@@ -145,6 +145,13 @@ CHECKS = {
 }
 
 
+def test_every_check_and_every_placeholder_is_of_a_page() -> None:
+    assert CHECKS.keys() <= {page.relative_to(ROOT).as_posix() for page in RUNNABLE}
+    text = "\n".join(block.text for page in RUNNABLE for block in blocks_of(page) if block.is_run)
+    for placeholder in PLACEHOLDERS | SHORTER:
+        assert placeholder in text, placeholder
+
+
 def test_the_cards_are_of_the_three_ways_of_training() -> None:
     assert [card.name for card in CARDS] == ["embedded_grpo", "embedded_grpo_4bit", "embedded_sft"]
 
@@ -181,5 +188,7 @@ def test_every_code_block_of_a_card_runs_and_the_export_answers_as_the_adapter_d
         else:
             shell.bash(block.text)
     assert len(blocks) == 5 and len(answers) == 2 and answers[0].strip() and answers[0] == answers[1]
-    assert (shell.folder / "model_cards" / folder.name / "adapter_model.safetensors").read_bytes() != before
+    again = shell.folder / "model_cards" / folder.name
+    assert (again / "adapter_model.safetensors").read_bytes() != before
+    assert json.loads((again / "adapter_config.json").read_text())["u"] == 1
     record_property("doc blocks run", len(blocks))

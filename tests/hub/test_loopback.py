@@ -1,12 +1,10 @@
 """The loopback Hub answers the real client as the Hub does, and its faults are what the client takes them for."""
 
 import hashlib
-import importlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 from hub import loopback
 from huggingface_hub import (
@@ -25,10 +23,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from support import HTTPX
 
 
 ID = "user/x"
-HTTPX = importlib.import_module("httpx" if huggingface_hub.__version__ < "2" else "httpx2")  # the client's own
 FILES = {
     "README.md": b"---\nbase_model: user/base\n---\nA card.\n",
     "deep/er/a.txt": b"a" * 40,

@@ -1,7 +1,9 @@
 """Work in a fork of this process, which can be sent signals, and killed."""
 
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +33,17 @@ def fork(work: Callable[[], None], log: Path | None = None) -> int:
         os._exit(status)
 
 
-def exit_status(pid: int) -> int:
-    """Waits for a process; its exit status, negative for a signal."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+def exit_status(pid: int, seconds: float = 600) -> int:
+    """Waits for a process; its exit status, negative for a signal.
+
+    Raises:
+        TimeoutError: if it was not over by then; it is killed.
+    """
+    deadline = time.monotonic() + seconds
+    while not (ended := os.waitpid(pid, os.WNOHANG))[0]:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise TimeoutError(f"process {pid} was not over after {seconds:g} seconds")
+        time.sleep(0.005)
+    return os.waitstatus_to_exitcode(ended[1])

@@ -17,7 +17,6 @@ The last line of stdout is JSON, for each job {"status": exit status or minus th
 import json
 import os
 import signal
-import socket
 import sys
 import zipfile
 from collections import Counter
@@ -28,6 +27,7 @@ import peft.peft_model
 import safetensors.torch
 import torch
 from recipes.forks import exit_status, fork
+from support import free_port
 from transformers import GenerationMixin
 
 from trl_recipes import grpo, sft
@@ -115,9 +115,7 @@ def run(job: dict, whole: dict[str, int]) -> dict:
     counts = log.with_suffix(".counts")
     counts.unlink(missing_ok=True)
     processes = job.get("processes", 1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
 
     def work(rank: int) -> None:
         if processes > 1:

@@ -6,7 +6,6 @@ accelerate takes the processes for ones with GPUs; see watched.py.
 
 import importlib.util
 import json
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from accelerate.commands import launch
 from peft import PeftConfig, get_peft_model
 from recipes.runs import Run, in_fork, in_new_process
 from safetensors.torch import load_file
+from support import IS_TORCH_2_6, free_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import peft_tinylora  # noqa: F401  registers the tuner
@@ -30,7 +30,6 @@ from trl_recipes.rewards import exact_match_reward
 pytestmark = pytest.mark.recipe
 LEARNING_RATE = 0.5  # of SGD, whose step is the gradient itself: Adam's first is its sign
 TEMPERATURE = 2.0  # of completions, so that they end in one process sooner than in the other
-IS_TORCH_2_6 = torch.__version__.startswith("2.6.")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 # What the files need in order to run on a CPU: options of the launcher, the device of watched.py, options of the recipe.
 ON_A_CPU = {
@@ -59,11 +58,8 @@ def in_forks(of_launcher: Sequence[str], script: Sequence[str]) -> list[subproce
     options = launch._validate_launch_command(options)[0]
     if options.num_processes == 1:
         return [in_fork(*script, more=launch.prepare_simple_launcher_cmd_env(options)[1])]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     told = launch.prepare_multi_gpu_env(options)
-    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(options.num_processes)}
+    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(options.num_processes)}
     ranks = [told | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(options.num_processes)]
     with ThreadPoolExecutor() as threads:
         return list(threads.map(lambda rank: in_fork(*script, more=rank), ranks))

@@ -237,7 +237,7 @@ def test_an_adapter_without_its_curve_is_not_finished_for_a_run_that_resumes(tmp
 
 # --- kills
 @pytest.mark.parametrize("step", [3, 2], ids=["beside the last one, which goes", "in the place of the last one"])
-def test_at_each_file_of_a_checkpoint_a_kill_leaves_a_whole_one(tiny_model_dir, tmp_path, step):
+def test_at_each_file_of_a_checkpoint_a_kill_leaves_a_whole_one(tiny_model_dir, tmp_path, step, record_property):
     before = tmp_path / "before"
     folder = tmp_path / "run"
     trainer = tiny_trainer(tiny_model_dir, folder, ResumableGRPOTrainer, max_steps=2, save_total_limit=1)
@@ -264,13 +264,15 @@ def test_at_each_file_of_a_checkpoint_a_kill_leaves_a_whole_one(tiny_model_dir, 
     assert [path.name for path in checkpoints_in(folder)] == [f"checkpoint-{step}"] and not torn_in(folder)
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts["half"] >= 6 and counts["file"] >= 10
-    for kill in [(place, n) for place in ("half", "file") for n in range(1, counts[place] + 1)]:
+    kills = [(place, n) for place in ("half", "file") for n in range(1, counts[place] + 1)]
+    for kill in kills:
         assert save(kill) == -9, kill
         assert not torn_in(folder), kill
         assert all(complaint(path) is None for path in checkpoints_in(folder)), kill
         tidy(folder)
         assert choose("true", folder)[0] is not None, kill
         assert not list(folder.glob(".*")), kill
+    record_property("faults survived", len(kills))
 
 
 def recipe_options(recipe: str, base: Path, files: tuple[Path, Path], folder: Path) -> list[str]:
@@ -332,7 +334,9 @@ def what_is_left(folder: Path, name: str) -> dict:
     }
 
 
-def test_recipes_killed_at_chosen_and_at_random_points_and_resumed(tiny_model_dir, problem_files, tmp_path):
+def test_recipes_killed_at_chosen_and_at_random_points_and_resumed(
+    tiny_model_dir, problem_files, tmp_path, record_property
+):
     shares = random.Random(0)
     kills = [
         ("grpo", "generate", 1),  # while the base is scored
@@ -345,17 +349,20 @@ def test_recipes_killed_at_chosen_and_at_random_points_and_resumed(tiny_model_di
         *((recipe, "file", shares.random()) for recipe in ("grpo", "sft")),
     ]
     killed_and_resumed(kills, tiny_model_dir, problem_files, tmp_path)
+    record_property("faults survived", len(kills))
 
 
 @pytest.mark.slow
-def test_recipes_killed_at_many_random_points_and_resumed(tiny_model_dir, problem_files, tmp_path):
+def test_recipes_killed_at_many_random_points_and_resumed(tiny_model_dir, problem_files, tmp_path, record_property):
     shares = random.Random(1)
     places = ("file", "half", "backward", "optimizer", "generate")
     kills = [(shares.choice(("grpo", "sft")), shares.choice(places), shares.random()) for _ in range(40)]
     killed_and_resumed(kills, tiny_model_dir, problem_files, tmp_path)
+    record_property("faults survived", len(kills))
 
 
 @pytest.mark.slow
-def test_two_processes_of_which_one_is_killed_and_resumed(tiny_model_dir, problem_files, tmp_path):
+def test_two_processes_of_which_one_is_killed_and_resumed(tiny_model_dir, problem_files, tmp_path, record_property):
     kills = [("grpo", "half", 14), ("grpo", "backward", 4), ("sft", "optimizer", 5), ("sft", "file", 0.5)]
     killed_and_resumed(kills, tiny_model_dir, problem_files, tmp_path, processes=2)
+    record_property("faults survived", len(kills))

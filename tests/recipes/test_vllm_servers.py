@@ -4,24 +4,17 @@ import errno
 import itertools
 import re
 import signal
-import socket
 import threading
 import time
 
 import pytest
 from recipes.fake_vllm import HANG, MODEL, expected, make_prompts, sent_to, threads_left
+from support import free_port
 
 from trl_recipes import vllm_servers
 from trl_recipes.arguments import RecipeError
 from trl_recipes.vllm_requests import Prompt
 from trl_recipes.vllm_servers import VllmServers, split_urls
-
-
-def refused_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        return unused.getsockname()[1]
 
 
 def test_all_prompts_come_back_in_order_and_a_fast_server_does_more(start, log):
@@ -71,7 +64,7 @@ def test_a_server_killed_amid_a_batch_loses_nothing(start, log):
 
 
 def test_a_server_that_comes_up_again_is_used_again(start, log):
-    other, port = start(delay=0.05), refused_port()
+    other, port = start(delay=0.05), free_port()
     url = f"http://127.0.0.1:{port}"
     threading.Timer(0.3, start, kwargs={"delay": 0.01, "port": port}).start()
     servers = VllmServers([url, other.url], slots=2)
@@ -167,7 +160,7 @@ def test_a_timeout_puts_a_server_aside(start, log):
 
 
 def test_where_no_server_answers_each_reason_is_named_once_patience_is_over(start):
-    urls = [f"http://127.0.0.1:{refused_port()}", start(faults=[(503, "Starting.")] * 100).url]
+    urls = [f"http://127.0.0.1:{free_port()}", start(faults=[(503, "Starting.")] * 100).url]
     started = time.monotonic()
     with pytest.raises(RecipeError) as caught:
         VllmServers(urls, patience=0.8).generate(MODEL, make_prompts(20), max_tokens=8)
@@ -191,7 +184,7 @@ def test_patience_starts_anew_with_each_answer(start):
 
 def test_patience_is_not_for_a_server_that_is_slow(start):
     prompts = make_prompts(4)
-    urls = [f"http://127.0.0.1:{refused_port()}", start(delay=0.6).url]
+    urls = [f"http://127.0.0.1:{free_port()}", start(delay=0.6).url]
     assert VllmServers(urls, patience=0.2).generate(MODEL, prompts, max_tokens=8) == expected(prompts)
 
 
@@ -272,7 +265,7 @@ def test_urls_that_are_refused(urls, message):
 
 
 def test_the_base_is_what_a_server_that_answers_calls_it(start):
-    down = f"http://127.0.0.1:{refused_port()}"
+    down = f"http://127.0.0.1:{free_port()}"
     assert VllmServers([down, start().url]).base_model() == "a/base"
     with pytest.raises(RecipeError, match=rf"no vLLM server says which model it has: {down} \(Connection error\.\)"):
         VllmServers([down]).base_model()
