@@ -21,6 +21,13 @@ EMBEDDED = ROOT / "trl_recipes/embedded/model"
 START_SECONDS = 240
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Server:
     """A running server.
 
@@ -29,13 +36,20 @@ class Server:
         log (`Path`): where its output goes.
         *options (`str`): more of vLLM's.
         dtype (`str`, *optional*): of its weights.
+        port (`int`, *optional*): where it answers; a free one without.
         **environment (`str`): more variables; PEFT_TINYLORA_VLLM is `inline` without.
     """
 
-    def __init__(self, model: Path, log: Path, *options: str, dtype: str = "float32", **environment: str) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *options: str,
+        dtype: str = "float32",
+        port: int | None = None,
+        **environment: str,
+    ) -> None:
+        self.port = port or free_port()
         self.url, self.name, self.log = f"http://127.0.0.1:{self.port}", str(model), log
         own = {
             "PEFT_TINYLORA_VLLM": "inline",

@@ -60,7 +60,7 @@ class ProblemArguments:
 
     def __post_init__(self):
         if "{question}" not in self.prompt_template:
-            raise RecipeError(f"prompt_template must contain {{question}}, got {self.prompt_template!r}.")
+            raise RecipeError(f"prompt_template must contain {{question}}, got {shown(self.prompt_template)}.")
 
 
 @dataclass
@@ -118,7 +118,7 @@ class RecipeArguments(ProblemArguments, ScriptArguments):
     def __post_init__(self):
         super().__post_init__()
         if self.method not in METHODS:
-            raise RecipeError(f"method={self.method!r}: allowed are {', '.join(map(repr, METHODS))}.")
+            raise RecipeError(f"method={shown(self.method)}: allowed are {', '.join(map(repr, METHODS))}.")
 
 
 @dataclass
@@ -270,7 +270,9 @@ class TinyLoraArguments:
                 ) from error
         for name in ("tinylora_dtype", "tinylora_save_dtype"):
             if getattr(self, name) not in SAVE_DTYPES:
-                raise RecipeError(f"{name}={getattr(self, name)!r}: allowed are {', '.join(map(repr, SAVE_DTYPES))}.")
+                raise RecipeError(
+                    f"{name}={shown(getattr(self, name))}: allowed are {', '.join(map(repr, SAVE_DTYPES))}."
+                )
 
 
 R = TypeVar("R", bound=RecipeArguments)

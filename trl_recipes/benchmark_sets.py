@@ -19,7 +19,7 @@ from typing import cast
 from datasets import Dataset
 
 from trl_recipes.arguments import ProblemArguments
-from trl_recipes.errors import RecipeError
+from trl_recipes.errors import RecipeError, shown
 from trl_recipes.problems import load_rows
 from trl_recipes.score_arguments import ScoreArguments
 
@@ -114,7 +114,7 @@ def fill_in_benchmark(arguments: ScoreArguments) -> None:
     """
     benchmark = BENCHMARKS.get(cast(str, arguments.benchmark))
     if benchmark is None:
-        raise RecipeError(f"benchmark={arguments.benchmark!r}: there are {', '.join(BENCHMARKS)}.")
+        raise RecipeError(f"benchmark={shown(arguments.benchmark)}: there are {', '.join(BENCHMARKS)}.")
     if arguments.dataset is None:
         arguments.dataset, arguments.dataset_config = benchmark.dataset, benchmark.config
         arguments.dataset_split = benchmark.split

@@ -95,7 +95,7 @@ class Results:
         """Returns a column, or raises [`RecipeError`] where it is not in the sweep's results."""
         if column not in runs:
             path = self.folder / sweep / "results.csv"
-            raise RecipeError(f"{path}: no column {column!r}; there are {in_one_line(', '.join(runs.columns))}.")
+            raise RecipeError(f"{path}: no column {shown(column)}; there are {in_one_line(', '.join(runs.columns))}.")
         return runs[column]
 
     def curve(self, folder: Path, column: str) -> pd.Series:
@@ -110,7 +110,7 @@ class Results:
             raise RecipeError(f"{folder}: neither {' nor '.join(CURVES)}: the run's folder is gone or was moved.")
         rows = read_whole_rows(path)
         if not rows.empty and not {"step", column} <= set(rows.columns):
-            raise RecipeError(f"{path}: no column {column!r}; there are {in_one_line(', '.join(rows.columns))}.")
+            raise RecipeError(f"{path}: no column {shown(column)}; there are {in_one_line(', '.join(rows.columns))}.")
         if rows.empty:
             return pd.Series(dtype=float)
         rows = rows.assign(step=to_numbers(rows["step"], path), value=to_numbers(rows[column], path))
@@ -174,7 +174,7 @@ def measured(runs: pd.DataFrame, path: Path) -> pd.DataFrame:
             seed = ones["seed"][ones["seed"].duplicated()].iloc[0]
             raise RecipeError(f"{path}: point {shown(point)} has seed {seed:g} twice: take one of the two rows out.")
         if ones["trained_parameters"].nunique() > 1:
-            raise RecipeError(f"{path}: the runs of point {point!r} differ in trained_parameters.")
+            raise RecipeError(f"{path}: the runs of point {shown(point)} differ in trained_parameters.")
     return runs
 
 

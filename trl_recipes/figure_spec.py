@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
-from trl_recipes.errors import RecipeError
+from trl_recipes.errors import RecipeError, in_one_line, shown
 from trl_recipes.yaml_files import read_yaml
 
 
@@ -98,7 +98,7 @@ class Lines(Strict):
                 raise ValueError("no series: name some for the figure or for each panel")
             for name, series in panel.series.items():
                 if (series.each is not None) != ("{value}" in name):
-                    raise ValueError(f"series {name!r}: `each` and {{value}} in the name go together")
+                    raise ValueError(f"series {shown(name)}: `each` and {{value}} in the name go together")
         return self
 
     def filled_panels(self) -> list[FilledPanel]:
@@ -218,6 +218,8 @@ def read_figures(path: Path) -> dict[str, Points | SmallestUpdate | Curves]:
         return TypeAdapter(Annotated[dict[FileName, Figure], Field(min_length=1)]).validate_python(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ": ".join(str(part) for part in first["loc"] if part not in ("points", "smallest_update", "curves"))
-        got = "" if isinstance(first["input"], dict) else f", got {first['input']!r}"
+        place = ": ".join(
+            in_one_line(part) for part in first["loc"] if part not in ("points", "smallest_update", "curves")
+        )
+        got = "" if isinstance(first["input"], dict) else f", got {shown(first['input'])}"
         raise RecipeError(f"{path}: {place}: {first['msg']}{got}.") from error

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 
 import pandas as pd
 
-from trl_recipes.errors import RecipeError
+from trl_recipes.errors import RecipeError, in_one_line, shown
 from trl_recipes.figure_results import Results, comparable
 from trl_recipes.figure_spec import Curves, FilledPanel, Points, Series, SmallestUpdate
 
@@ -70,12 +70,12 @@ def curves_table(figure: Curves, results: Results) -> pd.DataFrame:
             points = list(runs.groupby(["sweep", "point"], sort=False))
             if len(points) > 1:
                 names = ", ".join("/".join(map(str, key)) for key, _ in points)
-                raise RecipeError(f"series {name!r} has {len(points)} points ({names}), and a curve is of one.")
+                raise RecipeError(f"series {shown(name)} has {len(points)} points ({names}), and a curve is of one.")
             curves = [results.curve(folder, panel.y) for folder in runs["folder"]]
             means = [curve.rolling(figure.moving_mean, min_periods=1).mean() for curve in curves]
             by_step = pd.concat(means, axis="columns").sort_index()
             if by_step.empty:
-                raise RecipeError(f"series {name!r}: nothing is logged as {panel.y!r} yet.")
+                raise RecipeError(f"series {shown(name)}: nothing is logged as {shown(panel.y)} yet.")
             place = {"panel": number, "quantity": panel.y, "series": name}
             rows += [place | {"x": step} | over_seeds(values) | facts(runs) for step, values in by_step.iterrows()]
     return pd.DataFrame(rows)
@@ -89,7 +89,7 @@ def smallest_update_table(figure: SmallestUpdate, results: Results) -> pd.DataFr
     """
     rows = []
     for name, model in figure.models.items():
-        runs = results.select(model.sweeps, model.where, f"model {name!r}")
+        runs = results.select(model.sweeps, model.where, f"model {shown(name)}")
         points = pd.DataFrame(markers(runs, figure.y, "trained_parameters", name))
         deviations = points["standard_deviation"].fillna(0)
         peak = points["mean"].max()
@@ -110,7 +110,7 @@ def expanded(panel: FilledPanel, results: Results) -> dict[str, pd.DataFrame]:
     """Returns the runs of each line of a panel by its name, those of `each` apart."""
     lines = {}
     for name, series in panel.series.items():
-        runs = results.select(series.sweeps, series.where, f"series {name!r}")
+        runs = results.select(series.sweeps, series.where, f"series {shown(name)}")
         if series.each is None:
             lines[name] = runs
         else:
@@ -132,20 +132,22 @@ def markers(runs: pd.DataFrame, y: str, x: str, name: str) -> list[dict]:
     """Returns a row for each point of a series, by ascending x; runs without a value of y do not count."""
     for column in (x, y):
         if column not in runs:
-            raise RecipeError(f"series {name!r}: no column {column!r}; there are {', '.join(runs.columns)}.")
+            raise RecipeError(
+                f"series {shown(name)}: no column {shown(column)}; there are {in_one_line(', '.join(runs.columns))}."
+            )
     if not pd.api.types.is_numeric_dtype(runs[y]):
         raise RecipeError(
-            f"series {name!r}: {y} is no number: take greedy_after, sampled_after or a benchmark: column."
+            f"series {shown(name)}: {in_one_line(y)} is no number: take greedy_after, sampled_after or a benchmark: column."
         )
     valued = runs[runs[y].notna()]
     if valued.empty:
-        raise RecipeError(f"series {name!r}: no run has a value of {y!r}.")
+        raise RecipeError(f"series {shown(name)}: no run has a value of {shown(y)}.")
     rows = []
     for (sweep, point), ones in valued.groupby(["sweep", "point"], sort=False):
         place = comparable(ones[x].iloc[0])
         if isinstance(place, str) or not 0 < place < math.inf:
             raise RecipeError(
-                f"series {name!r}: {x} of {sweep}/{point} is {place!r}: a logarithmic axis needs a number above 0."
+                f"series {shown(name)}: {in_one_line(x)} of {sweep}/{point} is {shown(place)}: a logarithmic axis needs a number above 0."
             )
         rows.append({"x": place} | over_seeds(ones[y]) | facts(ones))
     return sorted(rows, key=lambda row: row["x"])

@@ -19,7 +19,7 @@ from torch import nn
 from peft_tinylora.assignment import TargetWeight, request_of
 from peft_tinylora.build import build_bases
 from peft_tinylora.source import WeightSource
-from trl_recipes.errors import RecipeError
+from trl_recipes.errors import RecipeError, shown
 
 
 ADAPTER = "default"
@@ -83,7 +83,7 @@ def install(model: PeftModel) -> None:
     for name, layer in layers.items():
         if ADAPTER not in layer.lora_B:
             raise RecipeError(
-                f"lora-xs adapts linear layers, and {name!r} is none: take it out of lora_target_modules."
+                f"lora-xs adapts linear layers, and {shown(name)} is none: take it out of lora_target_modules."
             )
     weights = {name: TargetWeight(base, name, None) for name in layers}
     source = WeightSource(base, config, weights.values())

@@ -39,7 +39,7 @@ from trl_recipes.arguments import (
     TinyLoraArguments,
     refuse_lora_options,
 )
-from trl_recipes.errors import RecipeError
+from trl_recipes.errors import RecipeError, shown
 from trl_recipes.sharding import is_sharded, refuse_mixed_precision_where_sharded
 from trl_recipes.trainer_setup import keep_vector_in_fp32, model_of, round_vector, save_adapter, tinylora_config
 
@@ -121,7 +121,7 @@ def peft_config_of(
     if not find_targets(model, config):
         name = "tinylora_target_modules" if method == "tinylora" else "lora_target_modules"
         raise RecipeError(
-            f"{name}={config.target_modules!r}: the model has no such module; all-linear adapts all linear ones."
+            f"{name}={shown(config.target_modules)}: the model has no such module; all-linear adapts all linear ones."
         )
     return config
 

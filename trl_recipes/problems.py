@@ -17,7 +17,7 @@ from trl import DatasetMixtureConfig, get_dataset
 from peft_tinylora.errors import first_line
 from trl_recipes.answers import gold_answer
 from trl_recipes.arguments import ProblemArguments, RecipeArguments, SFTArguments
-from trl_recipes.errors import RecipeError, in_one_line
+from trl_recipes.errors import RecipeError, in_one_line, shown
 
 
 QUESTION = "{question}"
@@ -58,19 +58,19 @@ def load_rows(
     file_format = FILE_FORMATS.get(Path(name).suffix)
     if file_format is not None and hub_file is None:
         if not Path(name).is_file():
-            raise RecipeError(f"no dataset file {name!r} (looked from {Path.cwd()}): check the path.")
+            raise RecipeError(f"no dataset file {shown(name)} (looked from {Path.cwd()}): check the path.")
         try:
             return load_dataset(file_format, data_files=name, split="train", streaming=streaming)
         except StopIteration as error:  # what datasets has for an empty file
-            raise RecipeError(f"the dataset file {name!r} has no rows.") from error
+            raise RecipeError(f"the dataset file {shown(name)} has no rows.") from error
         except Exception as error:  # datasets and pyarrow have many for a file that is damaged
-            raise RecipeError(f"the dataset file {name!r} cannot be read: {reason_of(error)}") from error
+            raise RecipeError(f"the dataset file {shown(name)} cannot be read: {reason_of(error)}") from error
     try:
         if hub_file is not None:
             return load_dataset(hub_file[1], data_files=hub_file[2], split="train", streaming=streaming)
         return load_dataset(name, config, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
-        raise RecipeError(f"cannot load split {split!r} of dataset {name!r}: {first_line(error)}") from error
+        raise RecipeError(f"cannot load split {shown(split)} of dataset {shown(name)}: {first_line(error)}") from error
 
 
 def load_train_and_held_out(
@@ -268,7 +268,7 @@ def check_columns(rows: Dataset | IterableDataset, **columns: str) -> None:
     there = column_names(rows)
     for option, column in columns.items():
         if column not in there:
-            raise RecipeError(f"the dataset has no column {column!r}, only {there}: set {option} to one of them.")
+            raise RecipeError(f"the dataset has no column {shown(column)}, only {there}: set {option} to one of them.")
 
 
 def check_chat(arguments: ProblemArguments, has_chat_template: bool) -> None:

@@ -15,7 +15,7 @@ from peft_tinylora.card import Evaluation
 from peft_tinylora.hub import Pushed, check_access, push
 from peft_tinylora.published import published
 from trl_recipes.arguments import RecipeArguments
-from trl_recipes.errors import RecipeError
+from trl_recipes.errors import RecipeError, shown
 from trl_recipes.trainer_setup import model_name
 from trl_recipes.yaml_files import read_yaml
 
@@ -56,7 +56,7 @@ def take_hub_options(
     name = model_name(model_args)  # now: a run that cannot start leaves no repository
     if recipe_args.hub_base_model is None and Path(name).exists():
         raise RecipeError(
-            f"push_to_hub with model_name_or_path={name!r}, a folder of this machine: name the "
+            f"push_to_hub with model_name_or_path={shown(name)}, a folder of this machine: name the "
             "base model's id on the Hub by hub_base_model, or leave push_to_hub out."
         )
     repository = training_args.hub_model_id or Path(cast(str, training_args.output_dir)).name

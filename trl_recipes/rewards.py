@@ -20,7 +20,7 @@ from trl.rewards import (
 
 from trl_recipes.answers import is_correct
 from trl_recipes.arguments import GRPOArguments
-from trl_recipes.errors import RecipeError
+from trl_recipes.errors import RecipeError, in_one_line, shown
 
 
 # The names and values of `trl grpo`.
@@ -90,14 +90,18 @@ def load_rewards(arguments: GRPOArguments) -> dict[str, Callable | str]:
             rewards[name] = TRL_REWARDS[name]
             continue
         if not module:
-            raise RecipeError(f"reward_funcs: {name!r} is none of {', '.join(TRL_REWARDS)}, nor an import path (a.b).")
+            raise RecipeError(
+                f"reward_funcs: {shown(name)} is none of {', '.join(TRL_REWARDS)}, nor an import path (a.b)."
+            )
         sys.path.insert(0, os.getcwd())
         try:
             rewards[name] = vars(importlib.import_module(module))[function]
         except ImportError as error:
-            raise RecipeError(f"reward_funcs: cannot import {name!r} from {os.getcwd()}: {error}.") from error
+            raise RecipeError(
+                f"reward_funcs: cannot import {shown(name)} from {os.getcwd()}: {in_one_line(error)}."
+            ) from error
         except KeyError as error:
-            raise RecipeError(f"reward_funcs: module {module!r} has no function {function!r}.") from error
+            raise RecipeError(f"reward_funcs: module {shown(module)} has no function {shown(function)}.") from error
     if not rewards:
         rewards["exact_match_reward"] = exact_match_reward
     return rewards

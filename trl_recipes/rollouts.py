@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from peft_tinylora.inline import InlineAdapter, inline_adapter, name_of
 from trl_recipes.arguments import GRPOArguments, TinyLoraArguments
-from trl_recipes.errors import RecipeError
+from trl_recipes.errors import RecipeError, shown
 from trl_recipes.vllm_requests import Completion, Prompt
 from trl_recipes.vllm_servers import VllmServers, split_urls
 
@@ -254,7 +254,7 @@ def _check_options(
 ) -> None:
     if recipe_args.rollout not in ("vllm", "vllm-colocate"):
         raise RecipeError(
-            f"rollout: {recipe_args.rollout!r}: allowed are 'transformers', 'vllm' (servers) and 'vllm-colocate'."
+            f"rollout: {shown(recipe_args.rollout)}: allowed are 'transformers', 'vllm' (servers) and 'vllm-colocate'."
         )
     if training_args.use_vllm:
         raise RecipeError(

@@ -25,7 +25,7 @@ from peft_tinylora.errors import first_line
 from peft_tinylora.gather import stored_shape, whole
 from peft_tinylora.hub import REPORT_FILES, TOKENIZER_FILES, is_changed
 from trl_recipes.arguments import TinyLoraArguments
-from trl_recipes.errors import RecipeError
+from trl_recipes.errors import RecipeError, shown
 from trl_recipes.sharding import gathered_parameters, partitioned_in
 
 
@@ -59,7 +59,7 @@ def load_tokenizer(model_args: ModelConfig, trust_remote_code: bool) -> PreTrain
         )
     except (OSError, ValueError) as error:
         guess = "" if Path(name).is_dir() else " (no such folder, so taken for a model id)"
-        raise RecipeError(f"cannot load the tokenizer of {name!r}{guess}: {first_line(error)}") from error
+        raise RecipeError(f"cannot load the tokenizer of {shown(name)}{guess}: {first_line(error)}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -96,7 +96,7 @@ def load_model(
         with partitioned_in(model_args.dtype):
             return AutoModelForCausalLM.from_pretrained(name, **kwargs | (extra_kwargs or {}))
     except (OSError, ValueError) as error:
-        raise RecipeError(f"cannot load model {name!r}: {first_line(error)}") from error
+        raise RecipeError(f"cannot load model {shown(name)}: {first_line(error)}") from error
 
 
 def quantization_of(model_args: ModelConfig) -> str:

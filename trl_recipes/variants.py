@@ -26,7 +26,7 @@ from peft_tinylora import TinyLoraConfig
 from peft_tinylora.inline import PREFIX, inline_adapter_of_folder, name_of
 from peft_tinylora.served import skeleton
 from trl_recipes.completing import complete, encode, evaluation_mode, generation_config
-from trl_recipes.errors import RecipeError
+from trl_recipes.errors import RecipeError, shown
 from trl_recipes.score_arguments import ScoreArguments
 from trl_recipes.trainer_setup import load_model, model_name
 from trl_recipes.vllm_requests import Prompt
@@ -82,7 +82,7 @@ def variants_of_model(
         bias = getattr(model.peft_config[model.active_adapter], "bias", "none")
         if bias != "none":
             raise RecipeError(
-                f"the adapter was trained with bias={bias!r}: its biases stay when it is switched off, so that this is no "
+                f"the adapter was trained with bias={shown(bias)}: its biases stay when it is switched off, so that this is no "
                 "base: set controls: false."
             )
         states[BASE] = model.disable_adapter
@@ -178,11 +178,11 @@ def check_base_model(arguments: ScoreArguments) -> None:
         return
     if arguments.adapter is not None:
         raise RecipeError(
-            f"base_model={arguments.base_model!r} with an adapter: its own base is measured beside it: leave base_model out."
+            f"base_model={shown(arguments.base_model)} with an adapter: its own base is measured beside it: leave base_model out."
         )
     if arguments.vllm_server_base_url is not None:
         raise RecipeError(
-            f"base_model={arguments.base_model!r} with vllm_server_base_url: a server has one base, so score each model "
+            f"base_model={shown(arguments.base_model)} with vllm_server_base_url: a server has one base, so score each model "
             "with a server of its own, or leave vllm_server_base_url out."
         )
 

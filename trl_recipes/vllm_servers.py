@@ -304,8 +304,8 @@ def _normalized(base_urls: Sequence[str]) -> list[str]:
         url = given.rstrip("/").removesuffix("/v1").rstrip("/")
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RecipeError(f"{given!r} is not the URL of a vLLM server: write it as http://host:8000.")
+            raise RecipeError(f"{shown(given)} is not the URL of a vLLM server: write it as http://host:8000.")
         if url in urls:
-            raise RecipeError(f"{given!r} names a server a second time: give each server once.")
+            raise RecipeError(f"{shown(given)} names a server a second time: give each server once.")
         urls.append(url)
     return urls

@@ -13,6 +13,22 @@ from trl_recipes.errors import RecipeError, in_one_line, shown
 
 
 MOST_VALUES = 100_000  # the longest file of this repository amounts to 800
+MOST_DEPTH = 50  # parts within parts; the deepest file of this repository has 8
+
+
+class Loader(yaml.SafeLoader):
+    """PyYAML's, which takes seconds for thousands of parts within each other, and gives up at Python's depth of calls."""
+
+    depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Reads a part with all that is within it."""
+        self.depth += 1
+        if self.depth > MOST_DEPTH:
+            raise yaml.YAMLError(f"more than {MOST_DEPTH} parts within each other")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def read_yaml(path: Path, what: str = "file") -> object:
@@ -26,7 +42,8 @@ def read_yaml(path: Path, what: str = "file") -> object:
             What it is, for the error where it is missing.
 
     Raises:
-        RecipeError: if it cannot be read, is no YAML, or amounts to more than `MOST_VALUES` values.
+        RecipeError: if it cannot be read, is no YAML, has more than `MOST_DEPTH` parts within each other, or amounts to
+            more than `MOST_VALUES` values.
     """
     name = shown(str(path))
     try:
@@ -38,7 +55,7 @@ def read_yaml(path: Path, what: str = "file") -> object:
     except ValueError as error:  # a path or a text of bytes that are no characters
         raise RecipeError(f"{name} is not valid YAML: {in_one_line(error)}") from error
     try:
-        loader = yaml.SafeLoader(text)
+        loader = Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None

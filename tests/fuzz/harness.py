@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 
@@ -109,6 +109,8 @@ def fuzz(
             database=None,
             deadline=None,
             print_blob=True,
+            phases=set(Phase)
+            - {Phase.explain},  # which would trace every line, and so be too slow for the bound of time
             suppress_health_check=list(HealthCheck),
         )
         @given(inputs)

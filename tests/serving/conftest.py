@@ -29,8 +29,8 @@ def start(tmp_path_factory) -> Iterator[Callable[..., Server]]:
     folder = tmp_path_factory.mktemp("servers")
     started = []
 
-    def start_server(*options: str, model: Path = EMBEDDED, **environment: str) -> Server:
-        started.append(Server(model, folder / f"{len(started)}.log", *options, **environment))
+    def start_server(*options: str, model: Path = EMBEDDED, port: int | None = None, **environment: str) -> Server:
+        started.append(Server(model, folder / f"{len(started)}.log", *options, port=port, **environment))
         return started[-1]
 
     yield start_server

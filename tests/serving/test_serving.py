@@ -1,19 +1,23 @@
 """What a real vLLM server answers with an adapter in the request, of a folder, of the Hub, and exported as a LoRA."""
 
 import json
+import os
+import random
 import re
 import shlex
 import shutil
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from recipes.runs import ROOT
 
-from benchmarks.vllm_server import EMBEDDED, Server
+from benchmarks.vllm_server import EMBEDDED, START_SECONDS, Server
 
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make test-vllm")
@@ -217,6 +221,45 @@ def test_what_cannot_be_served_is_refused_and_the_server_goes_on(case, server, a
     assert sentence in answer["error"]["message"], answer
     assert "Traceback" not in str(answer) and "Worker" not in str(answer)
     assert server.complete(adapter.text())[0] == 200
+
+
+def engine_of(server: Server) -> int:
+    """The process that holds the model; the one that answers HTTP started it."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    [engine] = [child for child in children if "EngineCore" in "".join(child.cmdline())]
+    return engine.pid
+
+
+@pytest.mark.parametrize("lost", ["server and engine", "engine", "server, told to stop"])
+def test_a_server_that_is_lost_amid_requests_and_started_again_gives_every_answer(
+    lost, start, adapter, prompts, with_transformers, record_property
+):
+    seed = random.SystemRandom().randrange(2**32)
+    after = random.Random(seed).randint(1, PROBLEMS * 3 // 4)
+    print(f"lost after {after} answers (seed {seed})")
+    first = start().wait()
+    client = VllmServers([first.url], patience=START_SECONDS)
+    text = adapter.text()
+    requests = [Prompt(ids, 1) for ids in prompts]
+    with ThreadPoolExecutor() as pool:
+        answers = pool.submit(
+            client.generate, text, requests, max_tokens=40, expected_model=name_of(text), temperature=0.0
+        )
+        while client.served[first.url] < after:
+            time.sleep(0.002)
+        if lost == "engine":
+            os.kill(engine_of(first), signal.SIGKILL)
+            first.process.wait(60)  # no server stays that cannot answer
+        elif lost == "server, told to stop":
+            first.process.terminate()
+            first.process.wait(60)
+        first.kill()
+        assert not answers.done()
+        again = start(port=first.port).wait()
+        got = [answer[0].token_ids for answer in answers.result(START_SECONDS)]
+    assert all(gap < TIE for gap in differences(with_transformers, prompts, got))
+    again.kill()
+    record_property("faults survived", 1)
 
 
 def test_more_new_adapters_than_allowed_have_to_wait(start, adapter):

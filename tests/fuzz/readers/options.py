@@ -3,7 +3,7 @@
 import os
 
 from fuzz.harness import Reader, workplace
-from fuzz.readers.sweeps import BOMB, ITSELF, MERGED, RECIPE, YAML, written
+from fuzz.readers.sweeps import BOMB, DEEP, ITSELF, MERGED, RECIPE, YAML, written
 from trl import ModelConfig
 
 from trl_recipes.arguments import GRPOArguments, RecipeError, TinyLoraArguments, parse
@@ -32,7 +32,17 @@ def read_run(data: bytes) -> None:
     read_result(Run("sweep", "13", "measure", None, 0, {"max_steps": 40}), workplace() / "run")
 
 
+LONG = RECIPE.replace(b"{question}", b"[" * 10_000)
+
 READERS = [
-    Reader("recipe", parse_recipe, (RecipeError,), lambda: [RECIPE], YAML, found=(BOMB, MERGED, ITSELF), is_slow=True),
+    Reader(
+        "recipe",
+        parse_recipe,
+        (RecipeError,),
+        lambda: [RECIPE],
+        YAML,
+        found=(BOMB, MERGED, ITSELF, DEEP, LONG),
+        is_slow=True,
+    ),
     Reader("run", read_run, (RecipeError,), lambda: [b'{"greedy": 0.5}\nmax_steps: 40\noutput_dir: a\n'], YAML),
 ]

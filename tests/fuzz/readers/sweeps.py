@@ -20,6 +20,7 @@ MERGED = b"a: &a {x: 1}\n" + b"".join(
     b"%c: &%c {<<: [*%c, *%c, *%c, *%c]}\n" % (name, name, *[name - 1] * 4) for name in range(ord("b"), ord("x"))
 )
 ITSELF = b"a: &a [*a]\nb: &b {c: *b}\n"
+DEEP = b"[" * 20_000
 YAML = (
     *(
         b"&a ",
@@ -112,7 +113,7 @@ READERS = [
         (RecipeError,),
         lambda: [RECIPE, SWEEP, GRID, ITSELF, BOMB[:400]],
         YAML,
-        found=(BOMB, MERGED, ITSELF),
+        found=(BOMB, MERGED, ITSELF, DEEP),
     ),
     Reader("sweep", read_sweep, (RecipeError,), lambda: [SWEEP, GRID], YAML, found=(BOMB,)),
     Reader(
