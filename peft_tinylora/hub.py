@@ -212,6 +212,7 @@ def files_to_push(
     Raises:
         AdapterFileError, ConfigError: as [`push`].
     """
+    refuse_links_to_elsewhere(folder)
     adapter = describe(find_adapter(folder))
     base = public_base(api, adapter, folder, base)
     config = json.loads((folder / CONFIG_FILE).read_bytes()) | {"base_model_name_or_path": base}
@@ -234,6 +235,21 @@ def files_to_push(
     with_tokenizer = has_own_tokenizer(folder, base, adapter.config.revision, api.token)
     names = [name for name in FILES if with_tokenizer or name not in TOKENIZER_FILES]
     return {name: folder / name for name in names if (folder / name).is_file()} | files
+
+
+def refuse_links_to_elsewhere(folder: Path) -> None:
+    """Raise a [`ConfigError`] where a file that would be pushed is a link out of its folder.
+
+    A cloned repository may hold a card that is a link to a private file of whoever cloned it, and pushes it again.
+    """
+    inside = folder.resolve()
+    blobs = inside.parent.parent / "blobs"  # in the Hub's cache, a snapshot is links to them
+    for path in (path for pattern in FILES for path in folder.glob(pattern)):
+        file = path.resolve()
+        if not file.is_relative_to(inside) and not file.is_relative_to(blobs):
+            raise ConfigError(
+                f"{path} is a link to {file}: put the file itself there, or remove the link. Nothing was pushed."
+            )
 
 
 def public_base(api: HfApi, adapter: Description, folder: Path, base: str | None) -> str:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -184,6 +185,29 @@ def test_what_must_not_be_published_is_refused_before_anything_is_sent(hub, trai
     refused(trainer.command("push", leaking, "user/x"), "README.md cannot be read", "mend or remove it")
     refused(trainer.command("push", tmp_path, "user/x"), "has no adapter_config.json")
     assert all(request.startswith(("GET", "HEAD")) for request in hub.requests[sent:])
+
+
+@pytest.mark.parametrize("name", ["README.md", "recipe.yaml", "adapter_config.json", ".eval_results"])
+def test_a_link_out_of_the_folder_is_not_followed(hub, trainer, adapter, tmp_path, name: str) -> None:
+    sent = len(hub.requests)
+    cloned, elsewhere = copy_of(adapter, tmp_path), tmp_path / "elsewhere"
+    (cloned / ".eval_results").mkdir()
+    (cloned / ".eval_results/peft_tinylora_greedy.yaml").write_text("private: 1\n")
+    (cloned / name).rename(elsewhere)
+    (cloned / name).symlink_to(elsewhere)
+    refused(trainer.command("push", cloned, "user/x"), name, f"is a link to {elsewhere}", "Nothing was pushed")
+    assert hub.requests[sent:] == []
+
+
+def test_a_snapshot_in_the_cache_whose_files_are_links_is_pushed(hub, trainer, adapter, tmp_path) -> None:
+    pushed(hub, trainer, adapter)
+    first = dict(hub.repositories["user/x"])
+    code = "from huggingface_hub import snapshot_download; print(snapshot_download('user/x'))"
+    snapshot = Path(trainer.script(code).split()[-1])
+    assert (snapshot / "README.md").is_symlink()
+    done = trainer.command("push", snapshot, "user/again")
+    assert done.status == 0, done.stderr
+    assert hub.repositories["user/again"].keys() == first.keys()
 
 
 def test_an_adapter_of_a_local_base_is_pushed_with_the_id_that_is_named(hub, trainer, adapter, tmp_path) -> None:
