@@ -60,7 +60,10 @@ def load_rows(
         if not Path(name).is_file():
             raise RecipeError(f"no dataset file {shown(name)} (looked from {Path.cwd()}): check the path.")
         try:
-            return load_dataset(file_format, data_files=name, split="train", streaming=streaming)
+            rows = load_dataset(file_format, data_files=name, split="train", streaming=streaming)
+            if not streaming:
+                rows.data.validate(full=True)  # Parquet's texts may be bytes that are no characters
+            return rows
         except StopIteration as error:  # what datasets has for an empty file
             raise RecipeError(f"the dataset file {shown(name)} has no rows.") from error
         except Exception as error:  # datasets and pyarrow have many for a file that is damaged

@@ -13,7 +13,7 @@ NAMES = {
     "sweeps": ("yaml", "sweep", "figures", "results", "curve"),
     "options": ("recipe", "run"),
     "logs": ("answer_log", "checkpoint"),
-    "runs": ("between_steps", "rows"),
+    "runs": ("between_steps", "rows", "parquet"),
     "answers": ("answers", "latex", "reply"),
     "cards": ("card", "facts", "command"),
 }

@@ -1,12 +1,16 @@
 """What a trainer held from step to step (resuming.py), the rows that it trains on (problems.py), and messages (rewards.py)."""
 
 import io
+import json
 import shutil
 import types
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from fuzz.harness import Reader, workplace
 
@@ -45,9 +49,16 @@ def resume(data: bytes) -> None:
     trainer.restore()
 
 
-def read_rows(data: bytes) -> None:
-    """The rows of a JSONL file become problems, or it is said why not."""
-    path = workplace() / "rows.jsonl"
+def parquet() -> bytes:
+    """The same rows in Parquet."""
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([json.loads(line) for line in ROWS.splitlines()]), file, compression="none")
+    return file.getvalue()
+
+
+def read_rows(suffix: str, data: bytes) -> None:
+    """The rows of a file become problems, or it is said why not."""
+    path = workplace() / f"rows{suffix}"
     path.write_bytes(data)
     try:
         with mock.patch.object(datasets.config, "HF_DATASETS_CACHE", workplace() / "datasets"):
@@ -68,11 +79,19 @@ READERS = [
     ),
     Reader(
         "rows",
-        read_rows,
+        partial(read_rows, ".jsonl"),
         (RecipeError,),
         lambda: [ROWS],
         (b'"prompt": ', b"[1]\n", b"\x00", b"{}\n"),
         found=(b"",),
+        is_slow=True,
+    ),
+    Reader(
+        "parquet",
+        partial(read_rows, ".parquet"),
+        (RecipeError,),
+        lambda: [parquet()],
+        found=(b"", parquet().replace(b"2 + 2", b"\xb1 + 2")),
         is_slow=True,
     ),
 ]
