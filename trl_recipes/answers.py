@@ -13,6 +13,7 @@ Whether two answers are equal is [`equal_answers`]'s business.
 import re
 
 from trl_recipes.equal_answers import answers_agree, has_words, quantity_of
+from trl_recipes.errors import RecipeError
 
 
 ANSWER_MARK = "####"
@@ -52,10 +53,10 @@ def gold_answer(gold: str | int | float) -> str:
     """Returns the bare true answer: what a solution marks, or the value itself where it marks nothing.
 
     Raises:
-        ValueError: if there is none.
+        RecipeError: if there is none.
     """
     if gold is None:
-        raise ValueError("a true answer is missing (None): drop such rows from the dataset.")
+        raise RecipeError("a true answer is missing (None): drop such rows from the dataset.")
     text = str(gold).strip()
     marked = strict_answer(text)
     return text if marked is None else marked

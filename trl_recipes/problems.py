@@ -7,6 +7,7 @@ Leaves: a `datasets.Dataset` (or a stream) with "prompt" (a string, or a list of
 - for SFT "completion", or rows in one of TRL's own formats as they are (`to_examples`).
 """
 
+import mmap
 import re
 from pathlib import Path
 from typing import cast
@@ -24,6 +25,7 @@ QUESTION = "{question}"
 RAW = "raw_question"  # a name of its own, because map keeps the type of a column that keeps its name
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 HUB_FILE = re.compile(r"hf://datasets/([^/]+/[^/]+)/(.+)")
+NULL_ROW = re.compile(rb"^[ \t\r\xef\xbb\xbf]*null", re.MULTILINE)  # after a byte order mark, or a part of one
 
 NOT_SCORED = (
     "no held-out problems, so nothing is scored: set eval_dataset_name to rows with a question_column and an "
@@ -60,6 +62,8 @@ def load_rows(
         if not Path(name).is_file():
             raise RecipeError(f"no dataset file {shown(name)} (looked from {Path.cwd()}): check the path.")
         try:
+            if file_format == "json":
+                refuse_null_rows(Path(name))
             rows = load_dataset(file_format, data_files=name, split="train", streaming=streaming)
             if not streaming:
                 rows.data.validate(full=True)  # Parquet's texts may be bytes that are no characters
@@ -74,6 +78,21 @@ def load_rows(
         return load_dataset(name, config, split=split, streaming=streaming)
     except (FileNotFoundError, ConnectionError, ValueError) as error:
         raise RecipeError(f"cannot load split {shown(split)} of dataset {shown(name)}: {first_line(error)}") from error
+
+
+def refuse_null_rows(path: Path) -> None:
+    """
+    Raises `ValueError` where a line of a JSON file begins with null, unless the file is one array.
+
+    pyarrow, which reads it for datasets, ends the process by a segmentation fault where null is the first row of a block.
+    """
+    if path.stat().st_size == 0:  # which cannot be mapped
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+        null = None if re.match(rb"\s*\[", lines) else NULL_ROW.search(lines)
+        if null is not None:
+            number = lines[: null.end()].count(b"\n") + 1
+            raise ValueError(f"line {number} is null and no row: remove it")
 
 
 def load_train_and_held_out(
@@ -145,7 +164,7 @@ def to_problems(
         `Dataset` or `IterableDataset`: the columns "prompt" and "answer" only.
 
     Raises:
-        RecipeError: if a column is missing, or `chat` is asked of a tokenizer without a chat template.
+        RecipeError: if a column or a value is missing, or `chat` is asked of a tokenizer without a chat template.
     """
     check_columns(rows, question_column=arguments.question_column, answer_column=arguments.answer_column)
     check_chat(arguments, has_chat_template)
@@ -184,7 +203,7 @@ def to_prompts(
         `Dataset` or `IterableDataset`: "prompt", made from the question column, and every other column as it was.
 
     Raises:
-        RecipeError: if the question column is missing, or `chat` is asked of a tokenizer without a chat template.
+        RecipeError: if the question column or a question is missing, or `chat` is asked of a tokenizer without a chat template.
     """
     check_columns(rows, question_column=arguments.question_column)
     check_chat(arguments, has_chat_template)
@@ -217,7 +236,7 @@ def to_examples(
         `Dataset` or `IterableDataset`: the rows as they are, or the columns "prompt" and "completion" only.
 
     Raises:
-        RecipeError: if a column is missing, or `chat` is asked of a tokenizer without a chat template.
+        RecipeError: if a column or a value is missing, or `chat` is asked of a tokenizer without a chat template.
     """
     check_chat(arguments, has_chat_template)
     columns = set(column_names(rows))
@@ -246,6 +265,10 @@ def to_examples(
 def build_prompt(question: str | list[dict], template: str, chat: bool) -> str | list[dict]:
     """Puts the question into the template and, for a chat model, into a user message; messages stay as they are."""
     if not isinstance(question, str):
+        if not isinstance(question, list) or not all(isinstance(part, dict) and "role" in part for part in question):
+            raise RecipeError(
+                f"a question is {shown(question)}, and neither a text nor a list of messages: drop such rows."
+            )
         if template != QUESTION:
             raise RecipeError("prompt_template wants questions that are strings, and these are lists of messages.")
         return question
@@ -256,6 +279,8 @@ def build_prompt(question: str | list[dict], template: str, chat: bool) -> str |
 
 def build_completion(completion: str | int | float | list[dict], chat: bool) -> str | list[dict]:
     """Returns a completion as text or, after a prompt of chat messages, as the assistant's message."""
+    if completion is None:
+        raise RecipeError("a completion is missing (None): drop such rows from the dataset.")
     if isinstance(completion, list):
         return completion
     return [{"role": "assistant", "content": str(completion)}] if chat else str(completion)

@@ -55,7 +55,8 @@ def exact_match_reward(
         `list[float]`: one reward a completion.
 
     Raises:
-        ValueError: if the three lists differ in length, or a true answer is missing.
+        ValueError: if the three lists differ in length.
+        RecipeError: if a true answer is missing.
 
     Example:
         >>> exact_match_reward(["", ""], ["2 + 2 = 4\n#### 4", "it is 4"], ["4", "4"])

@@ -2,7 +2,7 @@
 
 import pytest
 from fuzz.harness import fuzz, quick_and_long
-from fuzz.readers.all import CANNOT_STAND_MANY, READERS, reader_of
+from fuzz.readers.all import READERS, reader_of
 
 
 @quick_and_long(1, 20)
@@ -10,8 +10,6 @@ from fuzz.readers.all import CANNOT_STAND_MANY, READERS, reader_of
 def test_a_changed_input_is_read_as_it_is_or_refused(
     name: str, examples: int, at_random: bool, record_property
 ) -> None:
-    if at_random and name in CANNOT_STAND_MANY:
-        pytest.skip(CANNOT_STAND_MANY[name])
     reader = reader_of(name)
     examples *= 20 if reader.is_slow else 100
     record_property("inputs fuzzed", fuzz(reader, examples, at_random))

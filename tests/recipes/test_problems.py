@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
 from trl import DatasetMixtureConfig
 
-from trl_recipes.arguments import ProblemArguments, RecipeArguments, RecipeError
-from trl_recipes.problems import dataset_names, load_rows, load_train_and_held_out, to_problems
+from trl_recipes.arguments import ProblemArguments, RecipeArguments, RecipeError, SFTArguments
+from trl_recipes.problems import dataset_names, load_rows, load_train_and_held_out, to_examples, to_problems
 
 
 GSM8K_ROW = {
@@ -75,6 +77,22 @@ def test_messages_with_a_template_are_refused():
         problems(rows, True, prompt_template="{question} Think.")
 
 
+@pytest.mark.parametrize(
+    "row", [{"prompt": None, "answer": "4"}, {"prompt": 5, "answer": "4"}, {"prompt": ["a"], "answer": "4"}]
+)
+def test_a_question_that_is_none_is_refused(row):
+    with pytest.raises(RecipeError, match="a question is .*, and neither a text nor a list of messages: drop such"):
+        problems([{"prompt": "2 + 2?", "answer": "4"}, row] if row["prompt"] is None else [row])
+
+
+def test_a_missing_answer_or_completion_is_refused():
+    rows = Dataset.from_list([{"prompt": "2 + 2?", "answer": "4"}, {"prompt": "2 + 3?", "answer": None}])
+    with pytest.raises(RecipeError, match="a true answer is missing .*: drop such rows"):
+        to_problems(rows, ProblemArguments(), False)
+    with pytest.raises(RecipeError, match="a completion is missing .*: drop such rows"):
+        to_examples(rows, SFTArguments(completion_column="answer"), "text", False)
+
+
 def test_a_missing_column_is_named_with_those_there_are():
     with pytest.raises(RecipeError, match=r"no column 'prompt', only \['question', 'answer'\]: set question_column"):
         problems([GSM8K_ROW])
@@ -93,6 +111,26 @@ def test_json_jsonl_and_parquet_files_hold_the_same_rows_streamed_or_not(tmp_pat
     assert list(load_rows(str(file))) == rows
     streamed = to_problems(load_rows(str(file), streaming=True), ProblemArguments(), False)
     assert list(streamed) == rows
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [(b"null", 1), (b'{"prompt": "a"}\n\n null\n', 3), (b"\xef\xbb\xbfnull\n{}", 1), (b"[1]\nnull", None)],
+)
+def test_null_for_a_row_is_refused_with_its_line(tmp_path, content, line):
+    """Some of these would end the process: pyarrow 26."""
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    with pytest.raises(
+        RecipeError, match=f"cannot be read: line {line} is null and no row" if line else "cannot be read"
+    ):
+        load_rows(str(tmp_path / "rows.jsonl"))
+
+
+def test_a_text_in_parquet_that_is_no_utf8_is_refused(tmp_path):
+    texts = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xb1")])
+    pq.write_table(pa.table({"prompt": texts}), tmp_path / "rows.parquet")
+    with pytest.raises(RecipeError, match="rows.parquet' cannot be read: .*UTF8"):
+        load_rows(str(tmp_path / "rows.parquet"))
 
 
 def test_a_missing_file_is_named():

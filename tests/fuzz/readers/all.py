@@ -18,8 +18,6 @@ NAMES = {
     "cards": ("card", "facts", "command"),
 }
 READERS = [name for names in NAMES.values() for name in names]
-# pyarrow's JSON reader, which datasets calls, ends the process with a segmentation fault at some damaged file, seldom.
-CANNOT_STAND_MANY = {"rows": "pyarrow's JSON reader may end the process"}
 
 
 def reader_of(name: str) -> Reader:

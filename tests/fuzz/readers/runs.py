@@ -64,7 +64,7 @@ def read_rows(suffix: str, data: bytes) -> None:
         with mock.patch.object(datasets.config, "HF_DATASETS_CACHE", workplace() / "datasets"):
             rows = load_rows(str(path))
             for problem in to_problems(rows, ProblemArguments(), has_chat_template=False):
-                assert isinstance(problem["answer"], str)
+                assert isinstance(problem["answer"], str) and isinstance(problem["prompt"], str | list)
     finally:
         shutil.rmtree(workplace() / "datasets", ignore_errors=True)
 
@@ -82,8 +82,8 @@ READERS = [
         partial(read_rows, ".jsonl"),
         (RecipeError,),
         lambda: [ROWS],
-        (b'"prompt": ', b"[1]\n", b"\x00", b"{}\n"),
-        found=(b"",),
+        (b'"prompt": ', b"[1]\n", b"\x00", b"{}\n", b"\nnull"),
+        found=(b"", b"null", b"\xefnull", b"\r null\n" + ROWS),
         is_slow=True,
     ),
     Reader(
