@@ -1,10 +1,17 @@
 """The error of the recipes, and how much of what somebody else's file says goes into one."""
 
-MOST_SHOWN = 300  # characters
+MOST_SHOWN = 300  # characters of a value
+MOST_SAID = 1500  # characters of an error
 
 
 class RecipeError(ValueError):
-    """A mistake in what the user asked for. The scripts print it as one line, without a traceback."""
+    """A mistake in what the user asked for. The scripts print it as one line, without a traceback.
+
+    Of names without end in somebody's file the middle is left out, so that the place and the remedy stay.
+    """
+
+    def __init__(self, said: str) -> None:
+        super().__init__(said if len(said) <= MOST_SAID else f"{said[: MOST_SAID - 500]}...{said[-500:]}")
 
 
 def in_one_line(said: object) -> str:

@@ -217,7 +217,7 @@ def finished_in(output_dir: Path, resume_from_checkpoint: str | bool | None) -> 
     Not what a run left that was killed between saving it and drawing its curve, its last file, where this run goes on from a checkpoint.
     """
     goes_on = str(resume_from_checkpoint).lower() not in ("none", "false")
-    if goes_on and not any(output_dir.glob("*_curve.png")):
+    if goes_on and not any(output_dir.glob("[!.]*_curve.png")):
         return None
     if (output_dir / WEIGHTS_FILE).exists():
         return "adapter"

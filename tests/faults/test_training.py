@@ -125,7 +125,7 @@ class Runs:
 
     def is_finished(self, name: str) -> bool:
         """Whether its last file is there: what comes then is printed only."""
-        return any(self.folder(name).glob("*_curve.png"))
+        return any(self.folder(name).glob("[!.]*_curve.png"))
 
     def as_left_alone(self, recipe: str, name: str, fault: object) -> None:
         """A run that was broken, and goes on to its end, leaves what the one does that was left alone."""

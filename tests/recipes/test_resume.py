@@ -230,6 +230,7 @@ def test_an_adapter_without_its_curve_is_not_finished_for_a_run_that_resumes(tmp
     assert not finished_in(tmp_path, None)
     (tmp_path / "adapter_model.safetensors").touch()
     assert finished_in(tmp_path, None) and finished_in(tmp_path, "false")
+    (tmp_path / ".reward_curve.png").touch()  # a picture that is being written
     assert not finished_in(tmp_path, "true")
     (tmp_path / "reward_curve.png").touch()
     assert finished_in(tmp_path, "true")

@@ -21,6 +21,7 @@ MERGED = b"a: &a {x: 1}\n" + b"".join(
 )
 ITSELF = b"a: &a [*a]\nb: &b {c: *b}\n"
 DEEP = b"[" * 20_000
+LONG_NAME = b"extends: base.yaml\ngrid: {ti" + b"9" * 10_000 + b": [1]}\n"
 YAML = (
     *(
         b"&a ",
@@ -115,7 +116,7 @@ READERS = [
         YAML,
         found=(BOMB, MERGED, ITSELF, DEEP),
     ),
-    Reader("sweep", read_sweep, (RecipeError,), lambda: [SWEEP, GRID], YAML, found=(BOMB,)),
+    Reader("sweep", read_sweep, (RecipeError,), lambda: [SWEEP, GRID], YAML, found=(BOMB, LONG_NAME)),
     Reader(
         "figures",
         lambda data: read_figures(written("figures.yaml", data)),
