@@ -289,9 +289,17 @@ def test_a_killed_sweep_goes_on_and_no_run_is_there_twice_at_once(root, monkeypa
     assert {name: len(lines) for name, lines in starts(root).items()} == {"1/measure_seed_0": 2, "1/measure_seed_1": 1}
 
 
+def slurm_answers() -> bool:
+    """Whether there is a Slurm, and its controller runs."""
+    if shutil.which("scontrol") is None:
+        return False
+    return "is UP" in subprocess.run(["scontrol", "ping"], capture_output=True, text=True).stdout
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs Slurm")
 def test_slurms_job_arrays_run_a_sweep_whose_rates_are_chosen_first(root) -> None:
+    if not slurm_answers():
+        pytest.skip("needs a Slurm that runs")
     write_sweep(root, learning_rates=[0.1, 0.2], choose={"seeds": [9]})
     python = " ".join(map(shlex.quote, [*SWEEP_OF_A_ROOT, str(root), "--sweeps", "sizes.yaml", "--output_dir", "out"]))
 
