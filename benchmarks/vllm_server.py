@@ -21,13 +21,6 @@ EMBEDDED = ROOT / "trl_recipes/embedded/model"
 START_SECONDS = 240
 
 
-def free_port() -> int:
-    """A port of loopback that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 class Server:
     """A running server.
 
@@ -49,7 +42,11 @@ class Server:
         port: int | None = None,
         **environment: str,
     ) -> None:
-        self.port = port or free_port()
+        if port is None:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+        self.port = port
         self.url, self.name, self.log = f"http://127.0.0.1:{self.port}", str(model), log
         own = {
             "PEFT_TINYLORA_VLLM": "inline",

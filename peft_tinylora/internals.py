@@ -1,9 +1,9 @@
 """What this package uses of PEFT, transformers, accelerate and torch that they do not call public: each with its reason.
 
-All of it is here, so that a release which moves one of these names breaks one file (tests/test_private_names.py sees to
-that). Two things are not here. vllm/worker.py has vLLM's, which can be imported in vLLM's processes only. And the tuner
-and its layers override methods with a leading underscore, which PEFT's `BaseTuner` and `BaseTunerLayer` and torch's `nn.Module`
-call for that purpose; the test lists them.
+It is here, so that a release which moves one of these names breaks one file (tests/test_private_names.py sees to that, and
+lists the exceptions). vllm/worker.py has vLLM's, which can be imported in vLLM's processes only. The tuner and its layers
+override, and use, members with a leading underscore that they inherit from PEFT's `BaseTuner` and `BaseTunerLayer` and torch's
+`nn.Module`; on the way of decoding they look into `nn.Module`'s dictionaries, past its `__getattr__`.
 """
 
 from collections.abc import Collection

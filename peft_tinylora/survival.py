@@ -71,7 +71,7 @@ def survival(update: torch.Tensor, survived: torch.Tensor) -> Survival:
     def dot(a: torch.Tensor, b: torch.Tensor) -> float:
         # In float64 before they are multiplied: fp32 has no room for the square of 1e-30. In pieces, so as to copy little.
         pieces = zip(a.split(PIECE), b.split(PIECE), strict=True)
-        return sum(torch.dot(piece.double(), other.double()).item() for piece, other in pieces)
+        return torch.stack([torch.dot(piece.double(), other.double()) for piece, other in pieces]).sum().item()
 
     error = survived - update
     return Survival(dot(update, update), dot(survived, survived), dot(update, survived), dot(error, error))

@@ -1,4 +1,4 @@
-"""What is private to PEFT, transformers, accelerate and torch is used in internals.py alone, and its hooks are listed here."""
+"""What is private to PEFT, transformers, accelerate and torch is used in internals.py alone; exceptions are listed here."""
 
 import ast
 import inspect

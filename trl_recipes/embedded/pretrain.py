@@ -203,9 +203,8 @@ def accuracy(
         part = rows[i : i + batch_size]
         inputs = tokenizer([heading + row["prompt"] for row in part], return_tensors="pt", padding=True)
         sampling: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if do_sample else {}
-        output = cast(
-            Any, model
-        ).generate(  # transformers 5.23 types `generate` for a protocol that Llama's class misses
+        # transformers 5.23 types `generate` for a protocol that Llama's class misses.
+        output = cast(Any, model).generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=48,

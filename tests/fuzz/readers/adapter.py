@@ -20,6 +20,7 @@ from peft_tinylora.errors import AdapterFileError, BasisError, ConfigError, Tiny
 
 CONFIG = {"r": 2, "u": 3, "tie": "tiled", "n_tie": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 V = "base_model.tinylora_v"
+LINEAR_LAYERS = 7  # of make_base
 Files = dict[str, bytes]
 # By the names of safetensors' format.
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -115,7 +116,7 @@ def means_what_it_says(config: TinyLoraConfig, data: bytes) -> None:
 
 
 def load_onto_base(files: Files) -> None:
-    """By PEFT; after a failure the base is as before, after a success v is what the file says."""
+    """By PEFT; after a failure the base is as before, after a success v and the config are what the files say."""
     base = make_base()
     before = {name: value.clone() for name, value in base.state_dict().items()}
     try:
@@ -131,6 +132,11 @@ def load_onto_base(files: Files) -> None:
         dtype, shape, data = said[V]
         v = torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).reshape(shape)
         assert torch.equal(torch.stack(groups).detach(), v.float())
+    else:  # a copy for each module, as PEFT has them
+        n_tie = json.loads(files[CONFIG_FILE])["n_tie"]
+        for module in range(LINEAR_LAYERS):
+            assert holds(groups[module // n_tie].detach(), said[f"{V}.{module}"]), module
+    means_what_it_says(model.peft_config["default"], files[CONFIG_FILE])
     assert all(v.isfinite().all() for v in groups)
 
 
